@@ -1,0 +1,67 @@
+# make run   the whole pipeline on the default model        make help   the rest
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3 python 2>/dev/null))
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DO_NOT_TRACK ?= true
+export DVC_NO_ANALYTICS ?= 1
+
+.PHONY: help run tiny test lint format ui prefect-ui repro golden mutants lock clean preflight
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → evaluate
+	@$(BIN)/rlhf run
+
+tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in under a minute
+	@$(BIN)/rlhf run --recipe tiny
+
+test: $(VENV)/.installed ## lint, types, tests
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## what pre-commit checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## format, and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: $(VENV)/.installed ## MLflow's pages: compare runs
+	@$(BIN)/rlhf ui
+
+prefect-ui: $(VENV)/.installed ## Prefect's pages: flow runs, logs, schedules
+	@$(BIN)/rlhf prefect-ui
+
+repro: $(VENV)/.installed ## the same pipeline through DVC alone
+	$(BIN)/dvc repro
+
+golden: $(VENV)/.installed ## rewrite the golden numbers; review them as a diff
+	$(BIN)/python scripts/golden.py
+
+mutants: $(VENV)/.installed ## flip each line of the maths once; every mutant must be caught
+	$(BIN)/python scripts/mutants.py
+
+lock: preflight ## pin the newest packages that fit, tried in a fresh environment
+	$(PYTHON) scripts/lock.py
+
+clean: ## remove caches and the tiny workspace; data, artifacts and run history stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .rlhf/tiny build *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+preflight:
+	@test -n "$(PYTHON)" || { echo "Found no Python, expected 3.11 or newer. Install python3.11 and its venv module." >&2; exit 1; }
+	@test -e $(VENV)/.installed || $(PYTHON) flows/preflight.py --install
+
+# The stamp is newer than what decides the environment, or the environment is brought up to date.
+$(VENV)/.installed: pyproject.toml constraints.txt | preflight
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3.11-venv" >&2; rm -rf $(VENV); exit 1; }
+	@echo "Installing the pinned packages into $(VENV) (about 1 GB; minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""What a person starts or schedules; rlhf.py is the pipeline."""

@@ -1,0 +1,315 @@
+"""The console script `rlhf`: run, look, compare, talk.
+
+Imports of the tools stand inside the commands, so that `rlhf --help` answers at once.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from flows import preflight
+from rlhf_core.errors import ResourceError, RLHFError
+from tasks.environment import prepare_environment, state_folder
+from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, workspace_lock
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Change a value of params.yaml first. Repeatable."),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Run recipes/NAME.yaml in its own workspace, .rlhf/NAME, such as: tiny"),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on. 127.0.0.1 is this machine only.")]
+STAGE_NAMES = ", ".join(STAGES)
+
+
+@app.callback()
+def about() -> None:
+    """Trains a language model from human preferences: **prepare → sft → reward → ppo → evaluate**.
+
+    Every value stands in params.yaml. DVC decides which stages have to run, Prefect runs them, MLflow records them.
+
+    A first hour:
+
+    - `rlhf run --recipe tiny` takes a random two-layer model through all stages, in under a minute
+    - `rlhf run` does it with the real model, and prints base, SFT and PPO side by side
+    - `rlhf chat ppo` lets you talk to the result
+    - `rlhf run -S ppo.kl_coef=0.1` changes one value and runs only what hangs on it
+    - `rlhf compare HEAD` shows what that changed, and `rlhf ui` opens all runs in MLflow
+    """
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    until: Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {STAGE_NAMES}.")] = STAGES[-1],
+    force: Annotated[bool, typer.Option("--force", help="Run every stage even if nothing changed.")] = False,
+    name: Annotated[str | None, typer.Option(help="What the run is called in MLflow.")] = None,
+    retries: Annotated[int, typer.Option(min=0, max=10, help="How often a stage that crashed is started again.")] = 1,
+    recipe: Recipe = None,
+) -> None:
+    """Bring all stages up to date, as one Prefect flow run.
+
+    Stages in which nothing changed are not run again, and a stage that was stopped goes on from its checkpoint.
+
+    - `rlhf run -S ppo.kl_coef=0.1 -S ppo.updates=60 --name low-kl`
+    - `rlhf run --until reward`
+    """
+    _check_stage(until)
+    project = find_root()
+    from flows.server import use_server
+
+    if recipe:
+        _enter_recipe(recipe, project)
+    elif missing := preflight.problems(str(project)):
+        raise ResourceError("\n".join(missing))
+    use_server(project, meanwhile=_load_tools)
+    from flows.rlhf import rlhf
+
+    rlhf(overrides=overrides or [], until=until, force=force, run_name=name, retries=retries)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")],
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Run it even if nothing changed.")] = False,
+) -> None:
+    """Bring one stage up to date through DVC, without Prefect. The stages before it are left as they are.
+
+    - `rlhf stage evaluate --force`
+    """
+    _check_stage(name)
+    prepare_environment()
+    root = find_root()
+    with workspace_lock(root):
+        apply_overrides(overrides or [], root=root)
+        outcome = run_stage(name, force=force, root=root)
+    typer.echo(f"{name}: {outcome.value}")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+    host: Host = "127.0.0.1",
+) -> None:
+    """Serve MLflow's pages: every run, its curves, its data versions. Ctrl-C ends it.
+
+    To compare two runs, tick them in the table and press Compare.
+    """
+    prepare_environment()
+    find_root()
+    from tasks.tracking import connect, tracking_uri
+
+    _warn_if_public(host)
+    uri = tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        typer.echo(f"Runs are recorded by the MLflow server at {uri}; open that.")
+        return
+    connect()  # makes the database ready
+    artifacts = state_folder() / "mlartifacts"
+    command = ["mlflow", "server", "--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri(),
+               "--host", host, "--port", str(port), "--workers", "1"]  # fmt: skip
+    _require_free(host, port, "rlhf ui")
+    typer.echo(f"MLflow: http://{host}:{port}   (Ctrl-C ends it)")
+    _exec(command)
+
+
+@app.command("prefect-ui")
+def prefect_ui(
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 4200,
+    host: Host = "127.0.0.1",
+) -> None:
+    """Serve Prefect's pages: flow runs, their logs, schedules. Ctrl-C ends it.
+
+    While it runs, `rlhf run` uses this server in place of a temporary one, which saves some seconds.
+    """
+    root = find_root()
+    from flows.server import prepare_prefect, record_address, running_server
+
+    home = prepare_prefect(root)
+    if address := running_server(home):
+        typer.echo(f"Prefect already runs: {address.removesuffix('/api')}")
+        return
+    _warn_if_public(host)
+    _require_free(host, port, "rlhf prefect-ui")
+    record_address(home, host, port)
+    typer.echo(f"Prefect: http://{host}:{port}   (Ctrl-C ends it)")
+    _exec(["prefect", "server", "start", "--host", host, "--port", str(port), "--log-level", "WARNING"])
+
+
+@app.command()
+def serve(
+    cron: Annotated[
+        str | None, typer.Option(help='When to start a run by itself, such as "0 3 * * *": every night at three.')
+    ] = None,
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Name of the deployment.")] = "served",
+    port: Annotated[int, typer.Option(help="Port of the server that is started if none answers.")] = 4200,
+) -> None:
+    """Wait for scheduled runs, and for runs started on Prefect's pages, and run them here. Ctrl-C ends it.
+
+    For a machine with no work pool. With one, use `prefect deploy --all` and `prefect worker start`; see prefect.yaml.
+
+    - `rlhf serve --cron "0 3 * * *"`
+    - `rlhf serve --cron "0 3 * * *" -S ppo.updates=60`
+    """
+    root = find_root()
+    os.chdir(root)  # runs start in the folder that the server was told
+    from flows.server import use_lasting_server
+
+    address = use_lasting_server(root, port=port)
+    from flows.rlhf import rlhf
+
+    typer.echo(f"Prefect: {address.removesuffix('/api')}   (Ctrl-C ends it)")
+    rlhf.serve(name=name, cron=cron, limit=1, parameters={"overrides": overrides} if overrides else None)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A run's name or id, a git revision, or: workspace")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The same.")] = "workspace",
+) -> None:
+    """Two runs as a table: the parameters and data versions that differ, and every metric.
+
+    - `rlhf compare low-kl high-kl` compares two runs by the names they were given
+    - `rlhf compare HEAD` compares the last commit with what lies on disk
+    """
+    find_root()
+    from tasks.compare import compare as compare_runs
+
+    typer.echo(compare_runs(first, second))
+
+
+@app.command()
+def chat(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Whose policy answers: base, sft or ppo.")],
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="As in evaluate if not given.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; as in evaluate if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,
+    recipe: Recipe = None,
+) -> None:
+    """Talk to a stage's policy in the terminal.
+
+    - `rlhf chat sft`
+    """
+    prepare_environment()
+    root = find_root()
+    from flows.chat import FOLDERS
+    from flows.chat import chat as talk
+
+    if stage not in FOLDERS:
+        _usage(f"Found STAGE {stage!r}, expected one of {', '.join(FOLDERS)}.")
+    os.chdir(root / ".rlhf" / recipe if recipe else root)
+    talk(stage, temperature=temperature, tokens=tokens, seed=seed)
+
+
+@app.command()
+def sync() -> None:
+    """Send MLflow what it missed while its server was away."""
+    prepare_environment()
+    find_root()
+    from tasks.tracking import sync_outbox
+
+    sent, left = sync_outbox()
+    typer.echo(f"{sent} sent, {left} left." if sent or left else "Nothing is waiting.")
+    if left:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: every error that a user can mend is one message and exit code 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped too
+    try:
+        app()
+    except RLHFError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.", err=True)
+        sys.exit(130)
+
+
+def _enter_recipe(recipe: str, project: Path) -> None:
+    """Work in the recipe's workspace; its runs are recorded beside the project's, in an experiment of their own."""
+    from flows.recipe import make_workspace
+    from flows.server import prepare_prefect
+    from tasks.tracking import tracking_uri
+
+    prepare_prefect(project)
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", f"rlhf-{recipe}")
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
+    folder = project / ".rlhf" / recipe
+    make_workspace(recipe, folder, project=project)
+    os.chdir(folder)
+
+
+def _load_tools() -> None:
+    """Prefect and MLflow take seconds to import, a new MLflow database some more: the time a server needs anyway."""
+    import flows.rlhf  # noqa: F401
+    from tasks.tracking import connect
+
+    try:
+        connect()
+    except RLHFError:
+        raise
+    except Exception:  # noqa: S110  (a tracking server that is away stops no run; the tracker says so itself)
+        pass
+
+
+def _check_stage(name: str) -> None:
+    if name not in STAGES:
+        _usage(f"Found STAGE {name!r}, expected one of {STAGE_NAMES}.")
+
+
+def _usage(message: str) -> NoReturn:
+    raise typer.BadParameter(message)
+
+
+def _warn_if_public(host: str) -> None:
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        typer.echo(f"Warning: {host} can be reached from other machines, and there is no password.", err=True)
+
+
+def _require_free(host: str, port: int, command: str) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"Cannot listen on {host}:{port}: {error.strerror}. Choose another: `{command} --port {port + 1}`"
+            ) from error
+
+
+def _exec(command: list[str]) -> None:
+    """Run a tool of this environment in the foreground; it ends with Ctrl-C."""
+    env: dict[str, Any] = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen([sys.executable, "-m", *command], env=env)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        code = 0 if process.wait() is not None else 1
+    if code:
+        raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Says early what this machine lacks: Python, disk, memory.
+
+The Makefile runs this file with whatever Python it finds, before anything is installed: the standard library only, and
+no syntax that an old Python could not read.
+"""
+
+import os
+import shutil
+import sys
+
+PYTHON = (3, 11)
+GIB = 1024**3
+INSTALL_DISK_GIB = 6  # packages 3 (with torch for CPU), pip's cache of them 1, base model and artifacts 2
+RUN_DISK_GIB = 2  # base model 0.6 and again in DVC's cache, adapters and records little
+MEMORY_GIB = 6  # the largest stage, PPO, on the default model
+
+
+def problems(folder=".", install=False, python=None, disk=None, memory=None):
+    """What is missing, one sentence each; nothing if all is well.
+
+    Args:
+        folder: where the project lies; its disk is looked at.
+        install: also what the installation needs.
+        python, disk, memory: the version, the free bytes and the free bytes to judge; this machine's if None.
+    """
+    python = tuple(python or sys.version_info)[:2]
+    disk = shutil.disk_usage(folder).free if disk is None else disk
+    memory = available_memory() if memory is None else memory
+    need = INSTALL_DISK_GIB if install else RUN_DISK_GIB
+    found = []
+    if python < PYTHON:
+        found.append(
+            "Found Python {}.{}, expected {}.{} or newer. Install it, or name one: "
+            "make PYTHON=/path/to/python3.11".format(*(python + PYTHON))
+        )
+    if disk < need * GIB:
+        found.append(
+            "Found {:.1f} GiB of free disk, expected {} GiB. Free some; `make clean` and `dvc gc -w` help.".format(
+                disk / GIB, need
+            )
+        )
+    if memory is not None and memory < MEMORY_GIB * GIB:
+        found.append(
+            "Found {:.1f} GiB of free memory, expected {} GiB. Close other programs, or run the tiny recipe: "
+            "make tiny".format(memory / GIB, MEMORY_GIB)
+        )
+    return found
+
+
+def available_memory():
+    """Free bytes, or None where the system does not say. A container's limit counts too."""
+    known = []
+    try:
+        with open("/proc/meminfo") as file:
+            known += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")]
+    except OSError:
+        pass
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            known.append(int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # not on Linux, or no limit ("max")
+        pass
+    if not known and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(known) if known else None
+
+
+if __name__ == "__main__":
+    missing = problems(install="--install" in sys.argv)
+    for sentence in missing:
+        sys.stderr.write(sentence + "\n")
+    sys.exit(1 if missing else 0)

@@ -1,0 +1,54 @@
+"""Runs a recipe (recipes/<name>.yaml over params.yaml) in a workspace of its own, so that the project stays as it is.
+
+The workspace, .rlhf/<name>, holds copies of the code, the starter data and the parameters, and its own DVC cache. A
+recipe is a small, complete run: for a first look, and for the tests.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from rlhf_core.config import Params
+from rlhf_core.errors import MissingArtifact, RLHFError
+from tasks.pipeline import apply_recipe
+
+CODE = ("rlhf_core", "tasks", "data/starter", "recipes")
+FILES = ("dvc.yaml", "params.yaml", ".dvcignore")
+
+
+def make_workspace(recipe: str, folder: Path, *, project: Path) -> Params:
+    """Bring the recipe's workspace up to date with the project; what it computed before stays and is reused.
+
+    Raises:
+        MissingArtifact: there is no such recipe; names those that there are.
+    """
+    source = project / "recipes" / f"{recipe}.yaml"
+    if not source.is_file():
+        known = ", ".join(sorted(path.stem for path in (project / "recipes").glob("*.yaml"))) or "none"
+        raise MissingArtifact(f"Found no recipes/{recipe}.yaml. Recipes here: {known}.")
+    for name in CODE:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if (project / name).is_dir():
+            shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(project / name, folder / name)
+    (folder / ".dvc" / "tmp").mkdir(parents=True, exist_ok=True)
+    config = "[core]\n    analytics = false\n    check_update = false\n    no_scm = True\n"
+    (folder / ".dvc" / "config").write_text(config, encoding="utf-8")
+    params = apply_recipe(source, root=folder)
+    _make_base(params, folder)
+    return params
+
+
+def _make_base(params: Params, folder: Path) -> None:
+    """The random model that a recipe with base `path:` under .rlhf starts from."""
+    kind, _, base = params.prepare.base.partition(":")
+    if kind != "path" or not base.startswith(".rlhf/") or (folder / base / "config.json").is_file():
+        return
+    command = [sys.executable, "-m", "rlhf_core.tiny", base]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RLHFError(f"`python -m rlhf_core.tiny {base}` failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -1,0 +1,77 @@
+"""The end of a run: base, SFT and PPO policy side by side, in the terminal and as a Prefect artifact."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS = Path("metrics/evaluate.json")
+REPORT = Path("artifacts/evaluate/report.html")
+POLICIES = ("base", "sft", "ppo")
+ROWS = {  # key of metrics/evaluate.json → what a reader sees, and its digits
+    "reward": ("reward", 2),
+    "gold_reward": ("gold reward (never trained on)", 2),
+    "kl": ("KL to SFT, nats a response", 1),
+    "perplexity": ("perplexity of demonstrations", 1),
+    "response_length": ("response length, tokens", 0),
+    "eos_rate": ("share that ends by itself", 2),
+    "distinct_2": ("distinct bigrams", 2),
+}
+
+
+def table_rows(evaluate: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row a quantity: its name, then base, SFT and PPO."""
+    rows = []
+    for key, (label, digits) in ROWS.items():
+        values = [evaluate.get(policy, {}).get(key) for policy in POLICIES]
+        rows.append((label, *("–" if value is None else f"{value:.{digits}f}" for value in values)))
+    return rows
+
+
+def win_rates(evaluate: Mapping[str, Any]) -> list[str]:
+    """The two comparisons in words."""
+    lines = []
+    for key, label in (("ppo_vs_sft", "PPO against SFT"), ("sft_vs_base", "SFT against base")):
+        if found := evaluate.get(key):
+            lines.append(
+                f"{label}: {found['gold_win_rate']:.0%} of comparisons won (95 % interval "
+                f"{found['gold_win_rate_low']:.0%} to {found['gold_win_rate_high']:.0%}), length-controlled "
+                f"{found['length_controlled_win_rate']:.0%}; the longest answer would win {found['longest_wins']:.0%}"
+            )
+    return lines
+
+
+def markdown(evaluate: Mapping[str, Any]) -> str:
+    """The table and the win rates as markdown."""
+    head = ["| | base | SFT | PPO |", "|---|---:|---:|---:|"]
+    body = ["| " + " | ".join(row) + " |" for row in table_rows(evaluate)]
+    return "\n".join([*head, *body, "", *(f"- {line}" for line in win_rates(evaluate)), "", f"Report: `{REPORT}`"])
+
+
+def publish_results(root: Path) -> None:
+    """Print the table and keep it as an artifact of the flow run; nothing where evaluate has not run yet."""
+    if not (root / METRICS).is_file():
+        return
+    evaluate = json.loads((root / METRICS).read_text(encoding="utf-8"))
+    print_results(evaluate, root / REPORT)
+    from prefect.artifacts import create_markdown_artifact
+
+    create_markdown_artifact(markdown(evaluate), key="rlhf-results", description="Base, SFT and PPO side by side")
+
+
+def print_results(evaluate: Mapping[str, Any], report: Path) -> None:
+    """The table in the terminal, and where the report lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "base", "SFT", "PPO", title="Held-out prompts")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in table_rows(evaluate):
+        table.add_row(*row)
+    console = Console(file=sys.stdout)
+    console.print(table)
+    for line in win_rates(evaluate):
+        console.print(line, highlight=False)
+    console.print(f"Report: {report}", highlight=False, soft_wrap=True)

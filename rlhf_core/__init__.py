@@ -1,0 +1,1 @@
+"""The learning itself: data, models, rollouts, losses and loops. Knows nothing of Prefect, DVC or MLflow."""

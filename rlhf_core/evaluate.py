@@ -1,0 +1,203 @@
+"""Judge base, SFT and PPO policy on held-out prompts: reward, gold reward, KL, perplexity, lengths and win rates.
+
+The gold reward model was trained on a split of prompts that PPO's reward model never saw. It scores a response by
+itself, so there is no order of presentation that could sway it. Statistics come from statistics.py; the report and
+files from elsewhere.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.config import Evaluate
+from rlhf_core.data import encode_prompt
+from rlhf_core.models import REFERENCE, Roles
+from rlhf_core.records import Demonstration, Prompt, Sampled
+from rlhf_core.reward import score_samples
+from rlhf_core.rollouts import sample
+from rlhf_core.sft import encode_demonstrations, perplexity
+from rlhf_core.statistics import distinct_n, length_controlled_win_rate, longest_wins, win_rate
+from rlhf_core.tracking import Tracker
+
+POLICIES = ("base", "sft", "ppo")
+
+
+class Response(NamedTuple):
+    """One sampled response and what was measured of it."""
+
+    prompt: int  # which held-out prompt
+    text: str
+    tokens: int
+    stopped: bool
+    reward: float  # the trained reward model's normalised score
+    gold_reward: float
+    kl: float  # log-ratio to the SFT policy, nats a response
+
+
+class Evaluation(NamedTuple):
+    """All that the report and metrics/evaluate.json are made from."""
+
+    metrics: dict[str, Any]
+    sampled: dict[str, list[Response]]  # policy -> responses, samples_per_prompt a prompt
+    greedy: dict[str, list[Response]]  # policy -> one response a prompt
+
+
+def evaluate_policies(
+    base: Roles,
+    tuned: Roles,
+    prompts: Sequence[Prompt],
+    demonstrations: Sequence[Demonstration],
+    config: Evaluate,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str,
+    tracker: Tracker,
+) -> Evaluation:
+    """Sample every policy on every prompt, score, and compare.
+
+    Args:
+        base: the base model, with no role added.
+        tuned: the SFT model, with roles "ppo", "reward" and "gold".
+        prompts, demonstrations: the test split.
+    """
+    encoded = [encode_prompt(tokenizer, record.prompt, system) for record in prompts]
+    examples = encode_demonstrations(demonstrations, tokenizer, system=system, max_response_tokens=config.response_tokens)
+    players = {"base": (base, REFERENCE), "sft": (tuned, REFERENCE), "ppo": (tuned, "ppo")}
+    total = len(POLICIES) * (config.samples_per_prompt + 1)
+    sampled: dict[str, list[Response]] = {}
+    greedy: dict[str, list[Response]] = {}
+    metrics: dict[str, Any] = {}
+    done = 0
+    for policy in POLICIES:
+        roles, role = players[policy]
+        sampled[policy] = []
+        # Every policy draws the same random numbers, so that differences are the policies' own.
+        generator = torch.Generator().manual_seed(config.seed)
+        for turn in range(config.samples_per_prompt + 1):
+            answers = sample(
+                roles.language_model(role),
+                encoded,
+                max_tokens=config.response_tokens,
+                temperature=config.temperature,
+                stop_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                generator=generator,
+                greedy=turn == 0,
+            )
+            responses = _measure(base, tuned, policy, answers, config.temperature, tokenizer)
+            if turn == 0:
+                greedy[policy] = responses
+            else:
+                sampled[policy] += responses
+            done += 1
+            tokens = int(answers.mask_BT.sum())
+            note = f"{policy} {'greedy' if turn == 0 else f'sample {turn}'}"
+            tracker.progress(done, total, unit="passes", tokens=tokens, note=note)
+        metrics[policy] = {
+            **_summary(sampled[policy]),
+            "perplexity": perplexity(roles, role, examples, tokenizer.pad_token_id),
+            "greedy": _summary(greedy[policy]),
+        }
+    for left, right in (("ppo", "sft"), ("sft", "base")):
+        metrics[f"{left}_vs_{right}"] = {
+            **compare(sampled[left], sampled[right], config),
+            "greedy": compare(greedy[left], greedy[right], config),
+        }
+    return Evaluation(metrics, sampled, greedy)
+
+
+def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluate) -> dict[str, Any]:
+    """Win rate of `left` over `right`: every response of the one against every response of the other to its prompt.
+
+    The 95 % intervals come from a bootstrap over prompts: a prompt's comparisons are one cluster.
+    """
+    pairs = [
+        (ours, theirs)
+        for prompt in sorted({response.prompt for response in left})
+        for ours, theirs in product(
+            (response for response in left if response.prompt == prompt),
+            (response for response in right if response.prompt == prompt),
+        )
+    ]
+    clusters = [ours.prompt for ours, _ in pairs]
+    gold = np.array([_outcome(ours.gold_reward, theirs.gold_reward) for ours, theirs in pairs])
+    proxy = np.array([_outcome(ours.reward, theirs.reward) for ours, theirs in pairs])
+    longer = np.array([float(ours.tokens - theirs.tokens) for ours, theirs in pairs])
+    options = {"samples": config.bootstrap_samples, "seed": config.seed}
+    rate, by_proxy = win_rate(gold, clusters, **options), win_rate(proxy, clusters, **options)
+    controlled = length_controlled_win_rate(gold, longer, clusters, samples=500, seed=config.seed)
+    return {
+        "gold_win_rate": rate.mean,
+        "gold_win_rate_low": rate.low,
+        "gold_win_rate_high": rate.high,
+        "length_controlled_win_rate": controlled.mean,
+        "length_controlled_win_rate_low": controlled.low,
+        "length_controlled_win_rate_high": controlled.high,
+        "proxy_win_rate": by_proxy.mean,
+        "proxy_win_rate_low": by_proxy.low,
+        "proxy_win_rate_high": by_proxy.high,
+        "longest_wins": longest_wins(longer),
+        "prompts": len(set(clusters)),
+        "comparisons": len(pairs),
+    }
+
+
+@torch.no_grad()
+def _measure(
+    base: Roles, tuned: Roles, policy: str, answers: Sampled, temperature: float, tokenizer: PreTrainedTokenizerBase
+) -> list[Response]:
+    count = len(answers.stopped_B)
+    kl_B = torch.zeros(count)
+    if policy != "sft":
+        roles, role = (base, REFERENCE) if policy == "base" else (tuned, "ppo")
+        own_BT = _logprobs(roles, role, answers, temperature)
+        ref_BT = _logprobs(tuned, REFERENCE, answers, temperature)
+        kl_B = (own_BT - ref_BT).masked_fill(~answers.mask_BT, 0).sum(1)
+    scores = {}
+    for judge in ("reward", "gold"):
+        mean, std, _ = tuned.normalisers[judge]
+        scores[judge] = ((score_samples(tuned, judge, answers) - mean) / std).tolist()
+    return [
+        Response(
+            prompt=row,
+            text=tokenizer.decode(answers.ids_BT[row][answers.mask_BT[row]], skip_special_tokens=True).strip(),
+            tokens=int(answers.mask_BT[row].sum()),
+            stopped=bool(answers.stopped_B[row]),
+            reward=scores["reward"][row],
+            gold_reward=scores["gold"][row],
+            kl=float(kl_B[row]),
+        )
+        for row in range(count)
+    ]
+
+
+def _logprobs(roles: Roles, role: str, answers: Sampled, temperature: float, *, size: int = 32) -> torch.Tensor:
+    ids_BS = torch.cat([answers.prompt_ids_BP, answers.ids_BT], 1)
+    mask_BS = torch.cat([answers.prompt_mask_BP, answers.mask_BT], 1)
+    parts = []
+    for rows in torch.arange(len(ids_BS)).split(size):
+        trunk = roles.trunk(ids_BS[rows], mask_BS[rows])
+        start = answers.prompt_ids_BP.shape[1]
+        found, _ = roles.logprobs(trunk, role, answers.ids_BT[rows], start=start, temperature=temperature)
+        parts.append(found.cpu())
+    return torch.cat(parts)
+
+
+def _summary(responses: Sequence[Response]) -> dict[str, float]:
+    mean = {
+        "reward": [response.reward for response in responses],
+        "gold_reward": [response.gold_reward for response in responses],
+        "kl": [response.kl for response in responses],
+        "response_length": [response.tokens for response in responses],
+        "eos_rate": [response.stopped for response in responses],
+    }
+    found = {name: float(np.mean(values)) for name, values in mean.items()}
+    return {**found, "distinct_2": distinct_n([response.text for response in responses], 2)}
+
+
+def _outcome(ours: float, theirs: float) -> float:
+    return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0

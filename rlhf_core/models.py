@@ -1,0 +1,387 @@
+"""One language model in several roles: policy, reference, reward, value.
+
+Every role is the same body with another LoRA adapter in its top layers (Hu et al. 2021), or with none; a role trained
+in full has a body of its own. What lies below the lowest adapter is the same function for every role, so its hidden
+states, the *trunk*, are computed once a batch and kept over the epochs (as in Hydra-RLHF, Santacroce et al. 2023).
+
+Models stay in eval mode for good: dropout in rollouts or updates alone would move the ratio away from 1.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_core.base import set_pad
+from rlhf_core.config import Training
+from rlhf_core.errors import MissingArtifact
+from rlhf_core.functional import entropy as token_entropy
+from rlhf_core.functional import token_logprobs
+
+REFERENCE = "reference"
+LOGIT_ROWS = 8  # rows whose (T, V) logits are held at once; V is about 50,000
+
+
+class Trunk(NamedTuple):
+    """What the roles share of a batch: hidden states below the lowest adapter, or the ids where nothing is shared."""
+
+    states: Tensor  # (B, S, D) float, or (B, S) long
+    mask_BS: Tensor
+
+    def rows(self, index: Tensor) -> "Trunk":
+        """The trunk of some of its rows, trimmed on the right to their longest."""
+        mask_BS = self.mask_BS[index]
+        stop = int(mask_BS.any(0).nonzero().max()) + 1
+        return Trunk(self.states[index, :stop], mask_BS[:, :stop])
+
+
+class Normaliser(NamedTuple):
+    """Statistics stored with a reward model: score = (raw − mean) / std, probability = σ(margin / temperature)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    temperature: float = 1.0
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, or of the base below an adapter."""
+    tokenizer = AutoTokenizer.from_pretrained(_root(Path(folder)))
+    set_pad(tokenizer)
+    return tokenizer
+
+
+def load_policy(folder: str | Path) -> PreTrainedModel:
+    """A causal language model, in eval mode and float32, with its chain of adapters merged in.
+
+    Args:
+        folder: a Hugging Face folder, or a LoRA folder whose base is named in its adapter_config.json.
+
+    Raises:
+        MissingArtifact: the folder holds no model; names the command that makes it.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        model = load_policy(_below(folder))
+        peft = PeftModel.from_pretrained(model, str(folder), adapter_name="merging", low_cpu_mem_usage=False)
+        model = peft.merge_and_unload()
+        del model.peft_config
+    else:
+        if not (folder / "config.json").is_file():
+            raise MissingArtifact(_missing(folder))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    _no_dropout(model.config)
+    return model.eval()
+
+
+class Roles(nn.Module):
+    """A causal language model and the roles it plays.
+
+    Args:
+        folder: the model that roles start from and that role "reference" is.
+        training: the section that gives new adapters their shape; not needed where every role is a saved one.
+    """
+
+    def __init__(self, folder: str | Path, training: Training | None = None) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.model: Any = load_policy(folder)
+        self.device = PartialState().device
+        self.model.requires_grad_(False).to(self.device)
+        self.layers: int = self.model.config.num_hidden_layers
+        self.training_section = training
+        self.peft: PeftModel | None = None
+        self.full = nn.ModuleDict()  # role -> a whole model of its own
+        self.heads = nn.ModuleDict()  # role -> scalar head
+        self.normalisers: dict[str, Normaliser] = {}
+        self._depth: int | None = None
+        self._views: dict[Any, nn.Module] = {}
+
+    # ---- roles
+
+    def add(self, role: str, *, method: str = "lora", head: bool = False, start: str | Path | None = None) -> None:
+        """Add a role: fresh, or as saved in folder `start` (whose method then decides).
+
+        A fresh adapter changes nothing yet (its B is zero); a fresh scalar head is N(0, 1/√(d+1)) with bias 0.
+        """
+        start = Path(start) if start is not None else None
+        if start is not None:
+            if not start.is_dir():
+                raise MissingArtifact(_missing(start))
+            method = "lora" if (start / "adapter_config.json").is_file() else "full"
+        if method == "full":
+            source = load_policy(start) if start is not None else copy.deepcopy(self._bare())
+            self.full[role] = source.requires_grad_(True).to(self.device)
+        else:
+            config = self._new_adapter() if start is None else LoraConfig.from_pretrained(str(start))
+            if self.peft is None:
+                self.peft = get_peft_model(self.model, config, adapter_name=role, autocast_adapter_dtype=False)
+            else:
+                self.peft.add_adapter(role, config)
+            if start is not None:
+                # The prefix and the role's name are PEFT's: ...lora_A.weight on disk, ...lora_A.<role>.weight inside.
+                saved = load_file(start / "adapter_model.safetensors")
+                inside = {key.rpartition(".weight")[0] + f".{role}.weight": value for key, value in saved.items()}
+                missing = self.peft.load_state_dict(inside, strict=False)
+                assert not missing.unexpected_keys, missing.unexpected_keys
+        if head:
+            width = self.model.config.hidden_size
+            self.heads[role] = nn.Linear(width, 1).to(self.device)
+            nn.init.normal_(self.heads[role].weight, std=(width + 1) ** -0.5)
+            nn.init.zeros_(self.heads[role].bias)
+            if start is not None:
+                self.heads[role].load_state_dict(load_file(start / "score_head.safetensors"))
+                self.normalisers[role] = Normaliser(**json.loads((start / "score.json").read_text()))
+            else:
+                self.normalisers[role] = Normaliser()
+        self.to(self.device).eval()
+        self._depth = None
+        self._views.clear()
+
+    def trainable(self, role: str) -> list[nn.Parameter]:
+        """The role's own parameters, head included, in a fixed order, with requires_grad set."""
+        if role in self.full:
+            # A body that only feeds a scalar head has no use for its language-model head, unless tied.
+            parameters = list(_body(self.full[role]).parameters() if role in self.heads else self.full[role].parameters())
+        else:
+            assert self.peft is not None
+            parameters = [value for name, value in self.peft.named_parameters() if f".{role}." in name]
+        if role in self.heads:
+            parameters += list(self.heads[role].parameters())
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
+
+    def frozen(self, role: str) -> None:
+        """Take the role out of learning."""
+        for parameter in self.trainable(role):
+            parameter.requires_grad_(False)
+
+    def save(self, role: str, folder: str | Path) -> None:
+        """Write the role: a standard PEFT folder that names `self.folder` as its base, or a Hugging Face folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if role in self.full:
+            self.full[role].save_pretrained(folder)
+            load_tokenizer(self.folder).save_pretrained(folder)
+        else:
+            assert self.peft is not None
+            state = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
+            save_file({key: state[key].contiguous() for key in sorted(state)}, folder / "adapter_model.safetensors")
+            config = copy.copy(self.peft.peft_config[role])
+            config.base_model_name_or_path = self.folder.as_posix()
+            config.inference_mode = True
+            # PEFT keeps these as sets, whose order changes from process to process; the file must not.
+            settings = json.loads(json.dumps(config.to_dict(), default=lambda value: sorted(value)))
+            _write_json(folder / "adapter_config.json", settings)
+        if role in self.heads:
+            save_file(self.heads[role].state_dict(), folder / "score_head.safetensors")
+            _write_json(folder / "score.json", self.normalisers[role]._asdict())
+
+    # ---- forward
+
+    def trunk(self, ids_BS: Tensor, mask_BS: Tensor) -> Trunk:
+        """What all roles share of a batch. No gradient passes it.
+
+        Args:
+            ids_BS: (B, S) long.
+            mask_BS: (B, S) bool, True for real tokens, wherever padding stands; positions count them.
+        """
+        ids_BS, mask_BS, depth = ids_BS.to(self.device), mask_BS.to(self.device), self.depth
+        if depth == 0:
+            return Trunk(ids_BS, mask_BS)
+        with torch.no_grad():
+            lower = self._view(self.model, slice(0, depth))
+            return Trunk(_run(lower, mask_BS, input_ids=ids_BS), mask_BS)
+
+    def hidden(self, trunk: Trunk, role: str) -> Tensor:
+        """(B, S, D) last hidden states of a role, final norm included."""
+        body = self._activate(role)
+        if trunk.states.dim() == 2:
+            return _run(_body(body), trunk.mask_BS, input_ids=trunk.states)
+        return _run(self._view(body, slice(self.depth, self.layers)), trunk.mask_BS, inputs_embeds=trunk.states)
+
+    def logprobs(
+        self, trunk: Trunk, role: str, ids_BT: Tensor, *, start: int, temperature: float, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Float32 log-probabilities of the tokens that begin at position `start`, and the entropy where asked.
+
+        Args:
+            ids_BT: (B, T) the tokens at positions start … start + T − 1 of the batch that made the trunk.
+
+        Returns:
+            (B, T) log-probs in nats, (B, T) entropies in nats or None.
+        """
+        hidden_BTD = self.hidden(trunk, role)[:, start - 1 : start - 1 + ids_BT.shape[1]]
+        head = self._model_of(role).get_output_embeddings()
+        found, spread = [], []
+        # Logits only where they are needed and some rows at a time: (B, S, V) is never held.
+        for rows in torch.arange(len(ids_BT)).split(LOGIT_ROWS):
+            logits = head(hidden_BTD[rows])
+            found.append(token_logprobs(logits, ids_BT[rows], temperature=temperature))
+            if entropy:
+                with torch.no_grad():
+                    spread.append(token_entropy(logits, temperature=temperature))
+        return torch.cat(found), torch.cat(spread) if entropy else None
+
+    def values(self, trunk: Trunk, role: str, *, start: int, length: int) -> Tensor:
+        """(B, T) raw outputs of the role's scalar head before each token from position `start` on is emitted."""
+        hidden_BTD = self.hidden(trunk, role)[:, start - 1 : start - 1 + length]
+        return self.heads[role](hidden_BTD).squeeze(-1).float()
+
+    def scores(self, trunk: Trunk, role: str) -> Tensor:
+        """(B,) raw outputs of the role's scalar head at each row's last kept token."""
+        hidden_BSD = self.hidden(trunk, role)
+        positions = torch.arange(trunk.mask_BS.shape[1], device=hidden_BSD.device)
+        last_B = (trunk.mask_BS * positions).argmax(1)
+        return self.heads[role](hidden_BSD[torch.arange(len(last_B)), last_B]).squeeze(-1).float()
+
+    def language_model(self, role: str) -> Any:
+        """The causal language model with the role's adapter on, for sampling."""
+        self._activate(role)
+        return self._model_of(role)
+
+    @property
+    def depth(self) -> int:
+        """How many of the lowest layers every role shares; 0 where nothing may be."""
+        if self._depth is None:
+            self._depth = 0 if self.full else self._shared_depth()
+        return self._depth
+
+    # ---- inside
+
+    def _new_adapter(self) -> LoraConfig:
+        training = self.training_section
+        assert training is not None, "a fresh adapter needs a training section"
+        first = max(self.layers - training.lora_layers, 0) if training.lora_layers else 0
+        return LoraConfig(
+            r=training.lora_rank,
+            lora_alpha=training.lora_alpha,
+            target_modules=_linear_names(_body(self.model)),
+            layers_to_transform=list(range(first, self.layers)),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+    def _shared_depth(self) -> int:
+        configs = self.peft.peft_config.values() if self.peft is not None else []
+        lowest = min((min(config.layers_to_transform) for config in configs), default=self.layers)
+        depth = min(lowest, self.layers - 1)
+        if depth <= 0 or not _can_split(_body(self.model)):
+            return 0
+        # Whether this architecture may be cut is measured, not believed: some scale or add to what they embed.
+        ids_BS = torch.arange(8).reshape(2, 4) % self.model.config.vocab_size
+        mask_BS = torch.tensor([[False, True, True, True], [True, True, True, False]])
+        with torch.no_grad():
+            body = self._activate(REFERENCE)
+            whole = _run(_body(body), mask_BS, input_ids=ids_BS)
+            lower = _run(self._view(body, slice(0, depth)), mask_BS, input_ids=ids_BS)
+            upper = _run(self._view(body, slice(depth, self.layers)), mask_BS, inputs_embeds=lower)
+        same = torch.allclose(whole[mask_BS], upper[mask_BS], rtol=1e-4, atol=1e-4)
+        return depth if same else 0
+
+    def _model_of(self, role: str) -> Any:
+        return self.full[role] if role in self.full else self.model
+
+    def _bare(self) -> Any:
+        """A copy's source: the model without adapters."""
+        return self.model if self.peft is None else load_policy(self.folder)
+
+    def _activate(self, role: str) -> Any:
+        """The whole model that plays the role, its adapter switched on and every other one off."""
+        if role in self.full or self.peft is None:
+            return self._model_of(role)
+        on = role != REFERENCE
+        for module in self.peft.base_model.modules():
+            # As PEFT's set_adapter and disable_adapters do, less their changes of requires_grad: here optimisers own it.
+            if hasattr(module, "_disable_adapters") and hasattr(module, "_active_adapter"):
+                module._disable_adapters = not on
+                if on:
+                    module._active_adapter = [role]
+        return self.model
+
+    def _view(self, model: Any, layers: slice) -> nn.Module:
+        """The body cut to some of its layers, sharing every weight; the final norm only with the last layer."""
+        key = (id(model), layers.start, layers.stop)
+        if key not in self._views:
+            body = _body(model)
+            view = copy.copy(body)
+            view._modules = dict(body._modules)
+            view._modules["layers"] = nn.ModuleList(list(body.layers)[layers])
+            view.config = copy.copy(body.config)
+            view.config.num_hidden_layers = layers.stop - layers.start
+            if layers.stop < self.layers:
+                view._modules["norm"] = nn.Identity()
+            self._views[key] = view
+        return self._views[key]
+
+
+def _run(body: Any, mask_BS: Tensor, **inputs: Tensor) -> Tensor:
+    # Positions come from the mask, so that a row means the same with and without padding on its left.
+    positions_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
+    out = body(attention_mask=mask_BS.long(), position_ids=positions_BS, use_cache=False, **inputs)
+    return out.last_hidden_state
+
+
+def _body(model: Any) -> Any:
+    return getattr(model, model.base_model_prefix)
+
+
+def _can_split(body: Any) -> bool:
+    return all(hasattr(body, name) for name in ("layers", "norm", "rotary_emb", "embed_tokens"))
+
+
+def _linear_names(body: nn.Module) -> list[str]:
+    kinds = ("Linear", "Conv1D")
+    return sorted({name.rpartition(".")[2] for name, module in body.named_modules() if type(module).__name__ in kinds})
+
+
+def _no_dropout(config: Any) -> None:
+    for name, value in config.to_dict().items():
+        if ("drop" in name or "dropout" in name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _below(folder: Path) -> Path:
+    return Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def _root(folder: Path) -> Path:
+    while (folder / "adapter_config.json").is_file():
+        folder = _below(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise MissingArtifact(_missing(folder))
+    return folder
+
+
+def _missing(folder: Path) -> str:
+    stage = next((name for name in ("base", "sft", "reward", "ppo") if name in folder.parts), None)
+    command = "prepare" if stage in (None, "base") else stage
+    return f"{folder.as_posix()} holds no model. Run `dvc repro {command}`."
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def batches(count: int, size: int) -> Iterator[Tensor]:
+    """Row numbers 0 … count − 1 in pieces of `size`."""
+    yield from torch.arange(count).split(size)
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(B, S) ids and their mask from rows of uneven length, padding on the right."""
+    width = max(len(row) for row in rows)
+    ids_BS = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask_BS = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids_BS[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask_BS[index, : len(row)] = True
+    return ids_BS, mask_BS

@@ -1,0 +1,65 @@
+"""What every loop needs around its optimiser step: AdamW, a rate that warms up and decays, a gradient that is clipped."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.config import Schedule
+from rlhf_core.errors import TrainingDiverged
+
+
+def adamw(parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with ε = 1e-5, as in the published PPO code bases (Huang et al. 2024, arXiv:2403.17031, detail 6)."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-5)
+
+
+def rate_factor(step: int, *, steps: int, warmup: int, schedule: Schedule) -> float:
+    """What the peak learning rate is multiplied by at a step.
+
+        (t + 1) / (w + 1) while t < w, so that the first rate is not 0; then, over p = (t − w) / (n − w):
+        1 (constant)          1 − p (linear)          (1 + cos πp) / 2 (cosine)
+
+    Args:
+        step: t, from 0 to steps − 1.
+        steps: n, all steps.
+        warmup: w, steps of warm-up.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(steps - warmup, 1)
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1.0
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group of the optimiser this learning rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def step_clipped(
+    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, max_grad_norm: float, where: str
+) -> float:
+    """Clip the gradient to a global norm, step, and clear it.
+
+    Returns:
+        The norm before clipping.
+
+    Raises:
+        TrainingDiverged: the norm is not finite; the weights are left as they were.
+    """
+    norm: Tensor = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not torch.isfinite(norm):
+        optimiser.zero_grad(set_to_none=True)
+        raise TrainingDiverged(
+            f"The gradient of {where} is {norm.item()}, expected a finite number. "
+            f"Lower its learning rate in params.yaml, e.g. by half."
+        )
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm.item()

@@ -1,0 +1,280 @@
+"""Proximal policy optimisation of the SFT policy against the reward model, with a value baseline and a KL penalty.
+
+Schulman et al. 2017 (arXiv:1707.06347) in the form of Ziegler et al. 2019 and Ouyang et al. 2022: a response is an
+episode, a token is an action, the reward model's score comes with the last token, and each token pays for leaving the
+SFT policy. The loop below is the whole algorithm; read it from top to bottom.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.config import PPO
+from rlhf_core.functional import (
+    AdaptiveKL,
+    FixedKL,
+    gae,
+    kl_estimate,
+    masked_mean,
+    masked_var,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+    whiten,
+)
+from rlhf_core.models import REFERENCE, Roles
+from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
+from rlhf_core.records import Rollouts, Sampled
+from rlhf_core.rollouts import sample
+from rlhf_core.tracking import Tracker
+
+POLICY, VALUE, REWARD = "policy", "value", "reward"
+SHOWN_SAMPLES = 4  # responses an update that go to the table
+
+
+class Measured(NamedTuple):
+    """Rollouts, and what the sampling alone tells: metrics and, in order, each response's score."""
+
+    rollouts: Rollouts
+    metrics: dict[str, float]
+    scores_B: Tensor
+
+
+def add_roles(roles: Roles, reward_folder: str, *, method: str) -> None:
+    """Give the SFT model the roles that PPO needs: a fresh policy, a frozen reward model, a value model begun from it."""
+    roles.add(POLICY, method=method)
+    roles.add(REWARD, head=True, start=reward_folder)
+    roles.add(VALUE, head=True, start=reward_folder)
+    # The value model predicts normalised scores: fold the normalisation into its head, once.
+    mean, std, _ = roles.normalisers[REWARD]
+    with torch.no_grad():
+        head = roles.heads[VALUE]
+        head.weight.div_(std)
+        head.bias.sub_(mean).div_(std)
+    roles.frozen(REWARD)
+
+
+def train_ppo(
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    config: PPO,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    tracker: Tracker,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train roles "policy" and "value", which `add_roles` made.
+
+    Args:
+        prompts: token ids of each prompt that may be sampled from.
+
+    Returns:
+        Final metrics (means over the last tenth of the updates, `updates`, `tokens`), and the sampled responses shown.
+
+    Raises:
+        TrainingDiverged: a gradient is not finite.
+    """
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    policy_parameters, value_parameters = roles.trainable(POLICY), roles.trainable(VALUE)
+    policy_optimiser = adamw(
+        policy_parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+    )
+    value_optimiser = adamw(
+        value_parameters, learning_rate=config.value_learning_rate, weight_decay=config.weight_decay
+    )
+    controller = (
+        AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        if config.kl_controller == "adaptive"
+        else FixedKL(config.kl_coef)
+    )
+    prompt_order = _endless(len(prompts), generator)
+    history: list[dict[str, float]] = []
+    shown: list[dict[str, Any]] = []
+    all_tokens = 0
+    for update in range(1, config.updates + 1):
+        began = time.perf_counter()
+        chosen = [next(prompt_order) for _ in range(config.rollouts // config.samples_per_prompt)]
+        sampled = sample(
+            roles.language_model(POLICY),
+            [prompts[row] for row in chosen for _ in range(config.samples_per_prompt)],
+            max_tokens=config.response_tokens,
+            temperature=config.temperature,
+            stop_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            generator=generator,
+        )
+        rollouts, metrics, scores_B = measure_rollouts(roles, sampled, config, kl_coef=controller.coef)
+        factor = rate_factor(
+            update - 1, steps=config.updates, warmup=config.warmup_updates, schedule=config.schedule
+        )
+        set_rate(policy_optimiser, config.learning_rate * factor)
+        set_rate(value_optimiser, config.value_learning_rate * factor)
+        learn_policy = update > config.value_warmup_updates
+        learned: list[dict[str, float]] = []
+        stopped = False
+        for _ in range(config.epochs):
+            for index in torch.randperm(config.rollouts, generator=generator).split(config.minibatch_size):
+                minibatch = rollouts.rows(index)
+                token_count = int(minibatch.mask_BT.sum())
+                step: dict[str, float] = {}
+                for micro in torch.arange(len(index)).split(config.micro_batch_size):
+                    part = minibatch.rows(micro)
+                    for name, value in losses(roles, part, config, token_count, learn_policy=learn_policy).items():
+                        step[name] = step.get(name, 0.0) + value
+                if learn_policy and step["ppo/approx_kl"] > config.early_stop_kl:
+                    stopped = True
+                    policy_optimiser.zero_grad(set_to_none=True)
+                    value_optimiser.zero_grad(set_to_none=True)
+                    break
+                if learn_policy:
+                    step["ppo/grad_norm"] = step_clipped(
+                        policy_optimiser, policy_parameters, max_grad_norm=config.max_grad_norm, where="ppo's policy"
+                    )
+                step["ppo/value_grad_norm"] = step_clipped(
+                    value_optimiser, value_parameters, max_grad_norm=config.max_grad_norm, where="ppo's value model"
+                )
+                learned.append(step)
+            if stopped:
+                break
+        controller.update(metrics["ppo/kl"], config.rollouts)
+        tokens = int(sampled.prompt_mask_BP.sum() + sampled.mask_BT.sum())
+        all_tokens += tokens
+        metrics |= {name: _mean([step[name] for step in learned]) for name in (learned[0] if learned else {})}
+        metrics |= {
+            "ppo/learning_rate": config.learning_rate * factor,
+            "ppo/minibatches": len(learned),
+            "ppo/tokens_per_second": tokens / (time.perf_counter() - began),
+        }
+        history.append(metrics)
+        tracker.metrics(metrics, step=update)
+        rows = _rows(sampled, scores_B, tokenizer, update)
+        shown += rows
+        tracker.table("ppo/samples", rows, step=update)
+        note = f"reward {metrics['ppo/reward']:.2f}  score {metrics['ppo/score']:.2f}  kl {metrics['ppo/kl']:.2f}"
+        tracker.progress(update, config.updates, unit="updates", tokens=tokens, note=note)
+    last = history[-max(config.updates // 10, 1) :]
+    final = {
+        name.removeprefix("ppo/"): _mean([metrics[name] for metrics in last if name in metrics])
+        for name in last[-1]
+        if not name.endswith("_per_second")
+    }
+    return {**final, "updates": config.updates, "tokens": all_tokens}, shown
+
+
+@torch.no_grad()
+def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: float) -> Measured:
+    """Everything about the sampled responses that stays fixed while the update learns from them."""
+    start = sampled.prompt_ids_BP.shape[1]
+    ids_BS = torch.cat([sampled.prompt_ids_BP, sampled.ids_BT], 1).to(roles.device)
+    mask_BS = torch.cat([sampled.prompt_mask_BP, sampled.mask_BT], 1).to(roles.device)
+    ids_BT, mask_BT = ids_BS[:, start:], mask_BS[:, start:]
+    trunk = roles.trunk(ids_BS, mask_BS)
+    options = {"start": start, "temperature": config.temperature}
+    logprobs_BT, entropy_BT = roles.logprobs(trunk, POLICY, ids_BT, entropy=True, **options)
+    ref_logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, ids_BT, **options)
+    values_BT = roles.values(trunk, VALUE, start=start, length=ids_BT.shape[1])
+    mean, std, _ = roles.normalisers[REWARD]
+    scores_B = ((roles.scores(trunk, REWARD) - mean) / std).clamp(-config.score_clip, config.score_clip)
+    penalised_B = scores_B - config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
+    rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=kl_coef)
+    if config.whiten_rewards:
+        rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False)
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+    if config.whiten_advantages:
+        advantages_BT = whiten(advantages_BT, mask_BT)
+    k1_BT = kl_estimate(logprobs_BT, ref_logprobs_BT, estimator="k1").masked_fill(~mask_BT, 0)
+    unexplained = masked_var(returns_BT - values_BT, mask_BT) / masked_var(returns_BT, mask_BT).clamp(min=1e-8)
+    assert entropy_BT is not None
+    metrics = {
+        "ppo/reward": rewards_BT.masked_fill(~mask_BT, 0).sum(1).mean(),
+        "ppo/score": scores_B.mean(),
+        "ppo/kl": k1_BT.sum(1).mean(),
+        "ppo/response_length": mask_BT.sum(1).float().mean(),
+        "ppo/eos_rate": sampled.stopped_B.float().mean(),
+        "ppo/perplexity": torch.exp(-masked_mean(ref_logprobs_BT, mask_BT)),
+        "ppo/entropy": masked_mean(entropy_BT, mask_BT),
+        "ppo/explained_variance": 1 - unexplained,
+    }
+    rollouts = Rollouts(
+        start, trunk, ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT
+    )
+    numbers = {name: float(value) for name, value in metrics.items()}
+    return Measured(rollouts, {**numbers, "ppo/kl_coef": kl_coef}, scores_B)
+
+
+def losses(
+    roles: Roles, part: Rollouts, config: PPO, token_count: int, *, learn_policy: bool = True
+) -> dict[str, float]:
+    """Add the gradient of a part of a minibatch, and return the part's share of the minibatch's metrics.
+
+    Args:
+        token_count: response tokens of the whole minibatch, so that every token weighs the same however it is cut.
+    """
+    share = int(part.mask_BT.sum()) / token_count
+    found = {}
+    if learn_policy:
+        logprobs_BT, _ = roles.logprobs(
+            part.trunk, POLICY, part.ids_BT, start=part.start, temperature=config.temperature
+        )
+        policy = policy_loss(
+            logprobs_BT,
+            part.old_logprobs_BT,
+            part.advantages_BT,
+            part.mask_BT,
+            clip_range=config.clip_range,
+            token_count=token_count,
+        )
+        policy.loss.backward()
+        found |= {
+            "ppo/policy_loss": policy.loss.item(),
+            "ppo/clip_fraction": policy.clip_fraction.item() * share,
+            "ppo/approx_kl": policy.approx_kl.item() * share,
+            "ppo/ratio": policy.ratio_mean.item() * share,
+        }
+    values_BT = roles.values(part.trunk, VALUE, start=part.start, length=part.ids_BT.shape[1])
+    value = value_loss(
+        values_BT,
+        part.old_values_BT,
+        part.returns_BT,
+        part.mask_BT,
+        clip_range=config.value_clip_range,
+        token_count=token_count,
+    )
+    value.loss.backward()
+    return found | {
+        "ppo/value_loss": value.loss.item(),
+        "ppo/value_clip_fraction": value.clip_fraction.item() * share,
+    }
+
+
+def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Row numbers without end, each pass over all of them in a new order."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _rows(
+    sampled: Sampled, scores_B: Tensor, tokenizer: PreTrainedTokenizerBase, update: int
+) -> list[dict[str, Any]]:
+    """The first few responses of an update as text."""
+    rows = []
+    for row in range(min(SHOWN_SAMPLES, len(scores_B))):
+        prompt = sampled.prompt_ids_BP[row][sampled.prompt_mask_BP[row]]
+        rows.append(
+            {
+                "update": update,
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "response": tokenizer.decode(sampled.ids_BT[row][sampled.mask_BT[row]], skip_special_tokens=True),
+                "score": round(float(scores_B[row]), 4),
+                "stopped": bool(sampled.stopped_B[row]),
+            }
+        )
+    return rows

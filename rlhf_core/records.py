@@ -1,0 +1,65 @@
+"""What crosses modules: the records of the data formats, and the rollouts of one PPO update."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Message = tuple[str, str]  # (role, content)
+
+
+class Demonstration(NamedTuple):
+    """A prompt and how it should be answered."""
+
+    prompt: tuple[Message, ...]
+    response: str
+    category: str = ""
+
+
+class Ranking(NamedTuple):
+    """A prompt and K ≥ 2 responses with their ranks: 1 is best, ties allowed. Pairs are K = 2."""
+
+    prompt: tuple[Message, ...]
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+    margin: float | None = None
+    scores: dict[str, list[float]] | None = None
+    source: str = ""
+    annotator: str = ""
+    category: str = ""
+
+
+class Prompt(NamedTuple):
+    """Something to answer."""
+
+    prompt: tuple[Message, ...]
+    category: str = ""
+
+
+class Sampled(NamedTuple):
+    """Responses sampled for a batch of prompts."""
+
+    prompt_ids_BP: Tensor  # (B, P) long, left-padded
+    prompt_mask_BP: Tensor  # (B, P) bool
+    ids_BT: Tensor  # (B, T) long; the stop token is kept, what follows is PAD
+    mask_BT: Tensor  # (B, T) bool, a prefix of each row
+    stopped_B: Tensor  # (B,) bool, True where a stop token came
+
+
+class Rollouts(NamedTuple):
+    """A rollout batch with all that learning needs; no gradient hangs on it."""
+
+    start: int  # position of the first response token, the same for all rows
+    trunk: Any  # models.Trunk of prompt and response
+    ids_BT: Tensor
+    mask_BT: Tensor
+    old_logprobs_BT: Tensor  # nats
+    ref_logprobs_BT: Tensor  # nats
+    old_values_BT: Tensor  # reward units
+    advantages_BT: Tensor
+    returns_BT: Tensor
+
+    def rows(self, index: Tensor) -> "Rollouts":
+        """Some of the rows, trimmed to the longest response among them."""
+        trunk = self.trunk.rows(index)
+        length = trunk.mask_BS.shape[1] - self.start
+        return Rollouts(self.start, trunk, *(part[index, :length] for part in self[2:]))

@@ -1,0 +1,268 @@
+"""The reward model: a scalar head on the SFT model, trained on rankings (a pair is a ranking of two).
+
+What it measures of itself, and the statistics that are stored with it, come from here too; curves and files do not.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.config import Reward
+from rlhf_core.data import encode_prompt, encode_response
+from rlhf_core.functional import ranking_loss
+from rlhf_core.models import REFERENCE, Roles, pad_right
+from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
+from rlhf_core.records import Ranking, Sampled
+from rlhf_core.rollouts import sample
+from rlhf_core.statistics import (
+    LengthBin,
+    ReliabilityBin,
+    accuracy_by_length_difference,
+    confidence_and_correctness,
+    expected_calibration_error,
+    fit_temperature,
+    longest_wins,
+    reliability_bins,
+)
+from rlhf_core.tracking import Tracker
+
+
+class EncodedRanking(NamedTuple):
+    """Ids of prompt and response for each of K responses, their ranks, and the responses' lengths in tokens."""
+
+    ids: list[list[int]]
+    ranks: tuple[int, ...]
+    lengths: list[int]
+
+
+class Judged(NamedTuple):
+    """What a reward model says of the pairs of some rankings, ties left out."""
+
+    margins: np.ndarray  # (N,) raw score of the preferred response minus that of the other
+    length_differences: np.ndarray  # (N,) tokens, preferred minus other
+    rankings: int
+
+
+def encode_rankings(
+    rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, *, system: str, max_response_tokens: int
+) -> list[EncodedRanking]:
+    """Rankings as ids, in the template and with the end-of-turn token that rollouts have."""
+    encoded = []
+    for record in rankings:
+        prompt = encode_prompt(tokenizer, record.prompt, system)
+        responses = [encode_response(tokenizer, text, limit=max_response_tokens) for text in record.responses]
+        encoded.append(EncodedRanking([prompt + ids for ids in responses], record.ranks, [len(ids) for ids in responses]))
+    return encoded
+
+
+def score_rankings(roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, K) raw scores, ranks and the mask of real responses, K being the most that any ranking has."""
+    width = max(len(ranking.ids) for ranking in rankings)
+    mask_BK = torch.tensor([[k < len(ranking.ids) for k in range(width)] for ranking in rankings])
+    ranks_BK = torch.tensor([[*ranking.ranks, *[0] * (width - len(ranking.ranks))] for ranking in rankings])
+    ids_BS, tokens_BS = pad_right([ids for ranking in rankings for ids in ranking.ids], pad_id)
+    scores = roles.scores(roles.trunk(ids_BS, tokens_BS), role)
+    scores_BK = torch.zeros(mask_BK.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask_BK, scores)
+    return scores_BK, ranks_BK, mask_BK
+
+
+def centering(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """Mean of (better + worse)² over all pairs that are not ties: the scores' free constant, pulled to 0."""
+    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
+    sums_BKK = scores_BK[:, :, None] + scores_BK[:, None, :]
+    return sums_BKK[better_BKK].square().sum() / better_BKK.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def judge_rankings(roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int, *, size: int = 8) -> Judged:
+    """The margins of all pairs that are not ties."""
+    margins, differences = [], []
+    for start in range(0, len(rankings), size):
+        part = rankings[start : start + size]
+        scores_BK, _, _ = score_rankings(roles, role, part, pad_id)
+        for ranking, scores in zip(part, scores_BK.tolist(), strict=True):
+            for i, rank_i in enumerate(ranking.ranks):
+                for j, rank_j in enumerate(ranking.ranks):
+                    if rank_i < rank_j:
+                        margins.append(scores[i] - scores[j])
+                        differences.append(ranking.lengths[i] - ranking.lengths[j])
+    return Judged(np.array(margins), np.array(differences), len(rankings))
+
+
+def accuracy(judged: Judged) -> float:
+    """Share of pairs whose preferred response scores higher; equal scores count half."""
+    return float(((judged.margins > 0) + 0.5 * (judged.margins == 0)).mean())
+
+
+def train_reward(
+    roles: Roles,
+    role: str,
+    train: Sequence[EncodedRanking],
+    validation: Sequence[EncodedRanking],
+    config: Reward,
+    *,
+    pad_id: int,
+    tracker: Tracker,
+    prefix: str = "reward",
+) -> dict[str, Any]:
+    """Train a role that has a scalar head, and leave it at the epoch with the best validation loss.
+
+    Args:
+        prefix: first word of the metrics' names, and what the progress line says.
+
+    Returns:
+        Final metrics: `validation_accuracy`, `validation_loss` (the kept epoch's), `best_epoch`, `steps`, `tokens`.
+
+    Raises:
+        TrainingDiverged: a gradient is not finite.
+    """
+    torch.manual_seed(config.seed)
+    order = torch.Generator().manual_seed(config.seed)
+    parameters = roles.trainable(role)
+    optimiser = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    warmup = round(config.warmup_fraction * steps)
+    best = validation_loss(judge_rankings(roles, role, validation, pad_id))
+    best_epoch, best_accuracy = 0, 0.0
+    kept = [value.detach().clone() for value in parameters]
+    step = tokens = 0
+    for epoch in range(1, config.epochs + 1):
+        for index in torch.randperm(len(train), generator=order).split(config.batch_size):
+            batch = sorted((train[row] for row in index.tolist()), key=lambda ranking: max(map(len, ranking.ids)))
+            rate = config.learning_rate * rate_factor(step, steps=steps, warmup=warmup, schedule=config.schedule)
+            set_rate(optimiser, rate)
+            # Each ranking weighs the same, however a batch is cut; one of nothing but ties has no say.
+            counted = max(sum(len(set(ranking.ranks)) > 1 for ranking in batch), 1)
+            loss = hits = pairs = 0.0
+            for start in range(0, len(batch), config.micro_batch_size):
+                part = batch[start : start + config.micro_batch_size]
+                weight = sum(len(set(ranking.ranks)) > 1 for ranking in part) / counted
+                scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id)
+                ranked = ranking_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
+                centred = centering(scores_BK, ranks_BK, mask_BK)
+                ((ranked + config.center_coef * centred) * weight).backward()
+                loss += ranked.item() * weight
+                right, all_pairs = _count_right(scores_BK.detach(), ranks_BK, mask_BK)
+                hits, pairs = hits + right, pairs + all_pairs
+            norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where=prefix)
+            step += 1
+            batch_tokens = sum(len(ids) for ranking in batch for ids in ranking.ids)
+            tokens += batch_tokens
+            right_share = hits / max(pairs, 1)
+            tracker.metrics(
+                {
+                    f"{prefix}/loss": loss,
+                    f"{prefix}/accuracy": right_share,
+                    f"{prefix}/grad_norm": norm,
+                    f"{prefix}/learning_rate": rate,
+                },
+                step=step,
+            )
+            note = f"{prefix} loss {loss:.3f}  accuracy {right_share:.2f}"
+            tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=note)
+        judged = judge_rankings(roles, role, validation, pad_id)
+        current, current_accuracy = validation_loss(judged), accuracy(judged)
+        tracker.metrics(
+            {f"{prefix}/validation_loss": current, f"{prefix}/validation_accuracy": current_accuracy}, step=step
+        )
+        if current < best or epoch == 1:
+            best, best_epoch, best_accuracy = current, epoch, current_accuracy
+            kept = [value.detach().clone() for value in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    return {
+        "validation_accuracy": best_accuracy,
+        "validation_loss": best,
+        "best_epoch": best_epoch,
+        "steps": step,
+        "tokens": tokens,
+    }
+
+
+def validation_loss(judged: Judged) -> float:
+    """Mean of −log σ(margin) over the pairs, nats."""
+    return float(np.logaddexp(0, -judged.margins).mean())
+
+
+def _count_right(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> tuple[float, int]:
+    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
+    right_BKK = better_BKK & (scores_BK[:, :, None] > scores_BK[:, None, :])
+    return float(right_BKK.sum()), int(better_BKK.sum())
+
+
+class Quality(NamedTuple):
+    """How good a reward model is on held-out rankings."""
+
+    metrics: dict[str, float]
+    calibration: list[ReliabilityBin]
+    calibration_scaled: list[ReliabilityBin]
+    by_length: list[LengthBin]
+
+
+def measure(judged: Judged, temperature: float) -> Quality:
+    """Accuracy, calibration before and after temperature scaling, and accuracy by length difference.
+
+    Metrics: `accuracy`, `pairs`, `rankings`, `ece`, `ece_scaled`, `temperature`, `longest_wins`.
+    """
+    confidence, correct = confidence_and_correctness(judged.margins)
+    scaled, _ = confidence_and_correctness(judged.margins / temperature)
+    metrics = {
+        "accuracy": accuracy(judged),
+        "pairs": len(judged.margins),
+        "rankings": judged.rankings,
+        "ece": expected_calibration_error(confidence, correct),
+        "ece_scaled": expected_calibration_error(scaled, correct),
+        "temperature": temperature,
+        "longest_wins": longest_wins(judged.length_differences),
+    }
+    by_length = accuracy_by_length_difference(judged.margins, judged.length_differences, np.ones(len(judged.margins)))
+    return Quality(metrics, reliability_bins(confidence, correct), reliability_bins(scaled, correct), by_length)
+
+
+def temperature_of(judged: Judged) -> float:
+    """The temperature that fits the pairs best; fit it on other pairs than those reported on."""
+    return fit_temperature(judged.margins, np.ones(len(judged.margins)))
+
+
+@torch.no_grad()
+def score_samples(roles: Roles, role: str, sampled: Sampled, *, size: int = 32) -> Tensor:
+    """(B,) raw scores of sampled responses at their last kept token."""
+    ids_BS = torch.cat([sampled.prompt_ids_BP, sampled.ids_BT], 1)
+    mask_BS = torch.cat([sampled.prompt_mask_BP, sampled.mask_BT], 1)
+    parts = [roles.scores(roles.trunk(ids_BS[i], mask_BS[i]), role) for i in torch.arange(len(ids_BS)).split(size)]
+    return torch.cat(parts)
+
+
+def normalise_on_samples(
+    roles: Roles,
+    scored: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each role's raw scores on responses of the SFT policy at temperature 1.
+
+    They become part of the model, so that a score of 1 means one such deviation above what SFT answers.
+    """
+    sampled = sample(
+        roles.language_model(REFERENCE),
+        prompts,
+        max_tokens=max_tokens,
+        temperature=1.0,
+        stop_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    found = {}
+    for role in scored:
+        scores = score_samples(roles, role, sampled).double()
+        found[role] = (scores.mean().item(), max(scores.std(correction=0).item(), 1e-6))
+    return found

@@ -1,0 +1,123 @@
+"""Supervised fine-tuning: learn demonstrations by the likelihood of their responses, prompts left out of the loss."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.config import SFT
+from rlhf_core.data import encode_prompt, encode_response
+from rlhf_core.models import Roles, Trunk, pad_right
+from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
+from rlhf_core.records import Demonstration
+from rlhf_core.tracking import Tracker
+
+POLICY = "policy"
+
+
+class Example(NamedTuple):
+    """Ids of prompt and response, and how many of them are the prompt's."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def encode_demonstrations(
+    demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, *, system: str, max_response_tokens: int
+) -> list[Example]:
+    """Demonstrations as ids; a response longer than the limit is cut, and then has no end-of-turn token."""
+    examples = []
+    for record in demonstrations:
+        prompt = encode_prompt(tokenizer, record.prompt, system)
+        response = encode_response(tokenizer, record.response, limit=max_response_tokens)
+        examples.append(Example(prompt + response, len(prompt)))
+    return examples
+
+
+def response_logprobs(roles: Roles, role: str, examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S − 1) log-probs of each next token, and the mask that is True where it belongs to a response."""
+    ids_BS, mask_BS = pad_right([example.ids for example in examples], pad_id)
+    # Only positions from the batch's shortest prompt on are in any response: the head skips the rest.
+    start = min(example.prompt_length for example in examples)
+    positions_S = torch.arange(ids_BS.shape[1])
+    prompt_B = torch.tensor([example.prompt_length for example in examples])
+    response_BT = (mask_BS & (positions_S >= prompt_B[:, None]))[:, start:]
+    trunk: Trunk = roles.trunk(ids_BS, mask_BS)
+    logprobs_BT, _ = roles.logprobs(trunk, role, ids_BS[:, start:], start=start, temperature=1.0)
+    return logprobs_BT, response_BT
+
+
+@torch.no_grad()
+def perplexity(roles: Roles, role: str, examples: Sequence[Example], pad_id: int, *, batch_size: int = 16) -> float:
+    """exp of the mean negative log-likelihood a response token, every token weighing the same."""
+    total, count = 0.0, 0
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    for start in range(0, len(ordered), batch_size):
+        logprobs_BT, mask_BT = response_logprobs(roles, role, ordered[start : start + batch_size], pad_id)
+        total -= logprobs_BT[mask_BT].double().sum().item()
+        count += int(mask_BT.sum())
+    return math.exp(total / count)
+
+
+def train_sft(
+    roles: Roles, train: Sequence[Example], validation: Sequence[Example], config: SFT, *, pad_id: int, tracker: Tracker
+) -> dict[str, Any]:
+    """Train role "policy" on demonstrations and leave it at the epoch with the lowest validation perplexity.
+
+    Returns:
+        Final metrics: `validation_perplexity` (the kept epoch's), `base_perplexity`, `best_epoch`, `train_loss` (nats
+        a token, mean over the last epoch), `steps`, `tokens`.
+
+    Raises:
+        TrainingDiverged: a gradient is not finite.
+    """
+    torch.manual_seed(config.seed)
+    order = torch.Generator().manual_seed(config.seed)
+    parameters = roles.trainable(POLICY)
+    optimiser = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    warmup = round(config.warmup_fraction * steps)
+    base_perplexity = best = perplexity(roles, POLICY, validation, pad_id)
+    tracker.metrics({"sft/validation_perplexity": base_perplexity}, step=0)
+    best_epoch, kept, seen_tokens, step = 0, [value.detach().clone() for value in parameters], 0, 0
+    for epoch in range(1, config.epochs + 1):
+        epoch_loss = epoch_tokens = 0.0
+        for index in torch.randperm(len(train), generator=order).split(config.batch_size):
+            # Sorted by length, a batch's pieces carry little padding; what the batch holds stays random.
+            batch = sorted((train[row] for row in index.tolist()), key=lambda example: len(example.ids))
+            rate = config.learning_rate * rate_factor(step, steps=steps, warmup=warmup, schedule=config.schedule)
+            set_rate(optimiser, rate)
+            token_count = sum(len(example.ids) - example.prompt_length for example in batch)
+            loss = 0.0
+            for start in range(0, len(batch), config.micro_batch_size):
+                logprobs_BT, mask_BT = response_logprobs(
+                    roles, POLICY, batch[start : start + config.micro_batch_size], pad_id
+                )
+                part = -logprobs_BT.masked_fill(~mask_BT, 0).sum() / token_count
+                part.backward()
+                loss += part.item()
+            norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where="sft")
+            step += 1
+            epoch_loss += loss * token_count
+            epoch_tokens += token_count
+            batch_tokens = sum(len(example.ids) for example in batch)
+            seen_tokens += batch_tokens
+            tracker.metrics({"sft/loss": loss, "sft/grad_norm": norm, "sft/learning_rate": rate}, step=step)
+            tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=f"loss {loss:.3f}")
+        current = perplexity(roles, POLICY, validation, pad_id)
+        tracker.metrics({"sft/validation_perplexity": current, "sft/epoch": epoch}, step=step)
+        if current < best:
+            best, best_epoch, kept = current, epoch, [value.detach().clone() for value in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    return {
+        "validation_perplexity": best,
+        "base_perplexity": base_perplexity,
+        "best_epoch": best_epoch,
+        "train_loss": epoch_loss / epoch_tokens,
+        "steps": step,
+        "tokens": seen_tokens,
+    }

@@ -1,0 +1,394 @@
+"""The frame around a stage: parameters, environment, determinism, tracking, and one clear message where it fails.
+
+    with stage_run("ppo", deps=["artifacts/sft/model"]) as run:
+        ... run.params.ppo ... run.tracker ...
+        run.finish_metrics({"reward": 0.4})
+
+What a stage computes is in rlhf_core; how DVC calls it is in dvc.yaml.
+"""
+
+import csv
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from rlhf_core.config import Params, load_params
+from rlhf_core.errors import MissingArtifact, ResourceError, RLHFError
+from rlhf_core.tracking import NullTracker, Tracker
+from tasks.environment import prepare_environment, project_root, state_folder, workspace_root
+from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
+from tasks.tracking import MLflowTracker, Parent
+
+MIN_FREE_GB = 3.0  # a run's weights and caches; RLHF_MIN_FREE_GB overrides
+_TIMINGS = ("_per_second", "_seconds")  # differ from run to run, so they stay out of files that DVC tracks
+
+
+class Killed(BaseException):
+    """SIGTERM or SIGINT arrived."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class History:
+    """Step metrics by step and name, kept beside the checkpoints so that a resumed stage writes the whole curve."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.steps: dict[int, dict[str, float]] = {}
+        self._resumed: dict[int, dict[str, float]] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a line cut short by the kill
+                    step, values = json.loads(line)
+                    self._resumed.setdefault(step, {}).update(values)
+
+    def add(self, step: int, values: Mapping[str, float]) -> list[tuple[int, dict[str, float]]]:
+        """Keep values; returns the earlier steps of an interrupted run that this one goes on from, once."""
+        before = []
+        if self._resumed:
+            before = sorted((old, kept) for old, kept in self._resumed.items() if old < step)
+            self._resumed = {}
+            for old, kept in before:
+                self.steps.setdefault(old, {}).update(kept)
+            if self._path is not None:  # later steps are run again
+                write_text(self._path, "".join(json.dumps(row) + "\n" for row in before))
+        self.steps.setdefault(step, {}).update(values)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([step, dict(values)]) + "\n")
+        return before
+
+    def csv(self) -> str:
+        """All steps as CSV; columns sorted, numbers exact, no timings."""
+        names = sorted({name for row in self.steps.values() for name in row if not name.endswith(_TIMINGS)})
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["step", *names])
+        for step in sorted(self.steps):
+            writer.writerow([step, *(repr(self.steps[step][n]) if n in self.steps[step] else "" for n in names)])
+        return text.getvalue()
+
+    def forget(self) -> None:
+        """The stage is done: the next one with this key starts anew."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder goes too, unless checkpoints lie in it
+                self._path.parent.rmdir()
+
+
+@dataclass
+class StageRun:
+    """What a stage gets: its parameters, and where its results go. It is a Tracker itself."""
+
+    stage: str
+    params: Params
+    run_key: str
+    main: bool  # False in the helper processes of a distributed launch, which report nothing
+    _sink: Tracker
+    _history: History
+    _entry: StageEntry | None
+    _workspace: Workspace | None
+    _final: dict[str, Any] | None = field(default=None)
+
+    @property
+    def tracker(self) -> "StageRun":
+        """The Tracker to hand to a loop."""
+        return self
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints for resuming lie: outside DVC's outputs, and of this very configuration only."""
+        return _checkpoints(self.stage, self.run_key)
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        """Record values named `stage/quantity` at a step."""
+        if not self.main:
+            return
+        values = {metric_name(name): float(value) for name, value in values.items()}
+        for old, kept in self._history.add(step, values):
+            self._sink.metrics(kept, step=old)
+        self._sink.metrics(values, step=step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
+        """Record rows of text and numbers, such as sample responses."""
+        self._sink.table(name, rows, step=step)
+
+    def progress(self, done: int, total: int, *, unit: str, tokens: int = 0, note: str = "") -> None:
+        """Say how far the stage is."""
+        self._sink.progress(done, total, unit=unit, tokens=tokens, note=note)
+
+    def finish_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write the final metrics to metrics/<stage>.json; they are recorded when the stage ends well."""
+        if self.main:
+            self._final = dict(metrics)
+            write_json(Path("metrics") / f"{self.stage}.json", metrics)
+
+    def log_dataset(self, name: str, path: str | Path, *, context: str = "training", **profile: Any) -> None:
+        """Record a data set by its DVC hash; profile holds what is worth showing, such as rows=320."""
+        if isinstance(self._sink, MLflowTracker):
+            self._sink.dataset(name, str(path), self._hash(path), context=context, profile=profile)
+
+    def register_model(self, name: str, folder: str | Path, metrics: Mapping[str, Any] | None = None) -> None:
+        """Register a folder that this stage wrote as a new version of a model; the weights stay DVC's."""
+        if isinstance(self._sink, MLflowTracker):
+            tags = {"rlhf.stage": self.stage, "rlhf.run_key": self.run_key, "rlhf.dvc_hash": self._hash(folder)}
+            tags["rlhf.git_commit"] = git_state()[0]
+            numbers = flat_metrics(metrics or {}, self.stage)
+            self._sink.model(name, Path(folder).as_posix(), metrics=numbers, tags=tags)
+
+    def _hash(self, path: str | Path) -> str:
+        known = self._entry.dependencies if self._entry else {}
+        if str(path) in known:
+            return known[str(path)]
+        with suppress(Exception):  # lineage is a service; a stage never fails for it
+            return self._workspace.path_hash(path) if self._workspace else ""
+        return ""
+
+
+@contextmanager
+def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True) -> Iterator[StageRun]:
+    """Run a stage: on leaving, its MLflow run is FINISHED, FAILED or KILLED and the process exits as it should.
+
+    Args:
+        stage: prepare, sft, reward, ppo or evaluate.
+        deps: paths that must exist; the message where one does not names the stage that writes it.
+        torch: make torch deterministic.
+    """
+    try:
+        with _signals():
+            yield from _run(stage, deps, torch)
+    except Killed as killed:
+        print(f"{stage} was stopped by {killed}; running it again resumes from its last checkpoint.", file=sys.stderr)
+        raise SystemExit(128 + killed.number) from None
+    except RLHFError as error:
+        print(f"{stage}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageRun]:
+    params = load_params()
+    sources = (params.prepare.base, *params.prepare.demonstrations, *params.prepare.rankings, *params.prepare.prompts)
+    prepare_environment(hub=any(source.startswith("hub:") for source in sources))
+    check_disk()
+    for dep in deps:
+        _must_exist(Path(dep))
+    if torch:
+        make_deterministic()
+    main = int(os.environ.get("RANK", "0")) == 0
+    workspace, entry = _lineage(stage)
+    run_key = entry.run_key if entry else ""
+    sink: Tracker = _open_tracker(stage, params, entry) if main else NullTracker()
+    history = History(_checkpoints(stage, run_key) / "history.jsonl" if main and run_key else None)
+    run = StageRun(stage, params, run_key, main, sink, history, entry, workspace)
+    status = "FAILED"
+    try:
+        with _as_resource_error():
+            yield run
+            if main:
+                _finish(run)
+        status = "FINISHED"
+    except (Killed, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        if isinstance(sink, MLflowTracker):
+            sink.close(status, patience=None if status != "KILLED" else 3.0)
+
+
+def _finish(run: StageRun) -> None:
+    """After the body: the curve as a file, final metrics and the parent's summary to MLflow."""
+    plot = f"plots/{run.stage}.csv"
+    if (run._entry and plot in run._entry.outputs) or (not run._entry and run._history.steps):
+        write_text(Path(plot), run._history.csv())
+    if isinstance(run._sink, MLflowTracker):
+        final = flat_metrics(run._final or {}, run.stage)
+        curves = {name for row in run._history.steps.values() for name in row}
+        alone = {name: value for name, value in final.items() if name not in curves}
+        if alone:
+            run._sink.metrics(alone, step=max(run._history.steps, default=0))
+        if run._entry and run._workspace and not _flow_parent():
+            with suppress(Exception):  # border: as above
+                state = project_state(run._workspace)
+                state["metrics"].update(final)
+                state["run_keys"][run.stage] = run.run_key
+                state["dependencies"].update(run._entry.dependencies)
+                run._sink.summary(state)
+    run._history.forget()
+
+
+def _open_tracker(stage: str, params: Params, entry: StageEntry | None) -> MLflowTracker:
+    commit, dirty = git_state()
+    flow_run, experiment = os.environ.get("RLHF_FLOW_RUN_ID", ""), os.environ.get("DVC_EXP_NAME", "")
+    raw = params.model_dump(mode="json")
+    shared = {"rlhf.git_commit": commit, "rlhf.git_dirty": str(dirty).lower(), "mlflow.source.git.commit": commit}
+    shared |= {"rlhf.flow_run_id": flow_run, "rlhf.dvc_experiment": experiment}
+    shared = {name: value for name, value in shared.items() if value}
+    parent, door = _parent(shared, flat_params(raw))
+    tags = {**shared, "rlhf.kind": "stage", "rlhf.stage": stage, "rlhf.door": door}
+    if entry:
+        tags |= {"rlhf.run_key": entry.run_key, **{f"rlhf.dep.{p}": h for p, h in entry.dependencies.items()}}
+    return MLflowTracker(stage, params=flat_params(raw[stage], stage), tags=tags, parent=parent)
+
+
+def _flow_parent() -> str:
+    """What the flow named as the parent run, or could be found under."""
+    flow_run = os.environ.get("RLHF_FLOW_RUN_ID")
+    return os.environ.get("RLHF_PARENT_RUN_ID") or (f"key:flow-{flow_run}" if flow_run else "")
+
+
+def _parent(tags: Mapping[str, str], params: Mapping[str, str]) -> tuple[Parent, str]:
+    """The pipeline run of the flow, or one that the stages of this `dvc repro` process share; and the door's name."""
+    if ref := _flow_parent():
+        return Parent(ref, "flow", {**tags, "rlhf.kind": "pipeline", "rlhf.door": "flow"}, owned=False), "flow"
+    me = psutil.Process()
+    dvc = next((process for process in me.parents() if _is_dvc(process)), None)
+    door = "dvc" if dvc else "python"
+    started = (dvc or me).create_time()
+    name = tags.get("rlhf.dvc_experiment") or f"{door}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
+    key = f"key:{door}-{(dvc or me).pid}-{started:.2f}"
+    parent_tags = {**tags, "rlhf.kind": "pipeline", "rlhf.door": door}
+    return Parent(key, name, parent_tags, params, int(started * 1000)), door
+
+
+def _is_dvc(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()[:3]
+    except psutil.Error:
+        return False
+    return any(Path(word).name in ("dvc", "dvc.exe") for word in words)
+
+
+def _lineage(stage: str) -> tuple[Workspace | None, StageEntry | None]:
+    """The stage in DVC; nothing where it runs outside of a DVC repository."""
+    if not ((workspace_root() / ".dvc").is_dir() and (workspace_root() / "dvc.yaml").is_file()):
+        return None, None
+    try:
+        workspace = Workspace()
+        return workspace, workspace.entry(stage)
+    except Exception as error:  # border: DVC's internals; a stage never fails for its lineage
+        print(f"No lineage for {stage}: {str(error)[:200]}", file=sys.stderr, flush=True)
+        return None, None
+
+
+def _checkpoints(stage: str, run_key: str) -> Path:
+    return state_folder() / "checkpoints" / stage / (run_key[:16] or "unkeyed")
+
+
+# Checks
+
+
+def check_disk(folder: Path | None = None) -> None:
+    """Refuse to begin where the disk would fill up.
+
+    Raises:
+        ResourceError: less than 3 GB (RLHF_MIN_FREE_GB) are free.
+    """
+    needed = float(os.environ.get("RLHF_MIN_FREE_GB") or MIN_FREE_GB)
+    for place in {folder or Path.cwd(), project_root()}:
+        free = shutil.disk_usage(place).free / 1e9
+        if free < needed:
+            raise ResourceError(
+                f"{free:.1f} GB are free where {place.name}/ lies; a stage needs {needed:g} GB. "
+                "`dvc gc --workspace` frees what no present run uses."
+            )
+
+
+def _must_exist(path: Path) -> None:
+    filled = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if not filled:
+        parts = path.parts
+        stage = parts[1] if parts[0] == "artifacts" and len(parts) > 1 else "prepare"
+        stage = "prepare" if stage == "base" else stage
+        what = "is empty" if path.is_dir() else "is missing"
+        raise MissingArtifact(f"{path} {what}. Run `dvc repro {stage}`, which writes it.")
+
+
+@contextmanager
+def _as_resource_error() -> Iterator[None]:
+    """A full disk or memory is the user's to mend, so it gets a message and no traceback."""
+    try:
+        yield
+    except MemoryError as error:
+        raise ResourceError("The memory is used up. Lower micro_batch_size in params.yaml.") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC and not isinstance(error, RLHFError):
+            raise ResourceError(f"The disk is full ({error.filename or 'while writing'}); free some space.") from error
+        raise
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise ResourceError("The GPU's memory is used up. Lower micro_batch_size in params.yaml.") from error
+        raise
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGINT become Killed, once; what comes while the run is being closed is ignored."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise Killed(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_deterministic() -> None:
+    """The same bytes from the same machine: deterministic algorithms, and at most a thread a core that is ours."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    if hasattr(os, "sched_getaffinity"):  # in a container, torch counts the host's cores
+        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+
+
+# Files
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all: keys sorted, numbers exact, what is not finite as null."""
+    text = json.dumps(_finite(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

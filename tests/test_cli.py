@@ -1,0 +1,89 @@
+"""The console script: it answers at once, teaches, and turns every mistake into one message."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toy import PROJECT, make_toy
+from typer.testing import CliRunner
+
+from flows import cli, preflight
+from flows.recipe import make_workspace
+from rlhf_core.errors import MissingArtifact, ResourceError
+from tasks.pipeline import STAGES
+
+
+def test_help_is_quick_and_loads_no_tool() -> None:
+    code = (
+        "import sys, flows.cli\n"
+        "print({'prefect', 'mlflow', 'torch', 'transformers', 'dvc'} & {name.split('.')[0] for name in sys.modules})"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    assert time.perf_counter() - began < 1.5
+
+
+@pytest.mark.parametrize("command", ["run", "stage", "ui", "prefect-ui", "serve", "compare", "chat", "sync"])
+def test_every_command_explains_itself(command: str) -> None:
+    shown = CliRunner().invoke(cli.app, [command, "--help"])
+    assert shown.exit_code == 0
+    assert len(shown.output.split()) > 20
+
+
+def test_the_first_help_names_the_first_steps() -> None:
+    shown = CliRunner().invoke(cli.app, [])
+    for words in ("rlhf run --recipe tiny", "rlhf chat ppo", "rlhf run -S ppo.kl_coef=0.1"):
+        assert words in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize("arguments", [["stage", "pretrain"], ["run", "--until", "pretrain"]])
+def test_an_unknown_stage_lists_the_known(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(cli.app, arguments)
+    assert shown.exit_code == 2
+    assert all(stage in shown.output for stage in STAGES)
+
+
+def test_a_users_mistake_is_one_message_and_exit_1(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path / "toy")
+    command = [sys.executable, "-m", "flows.cli", "stage", "ppo", "-S", "ppo.kl_coeff=0.1"]
+    env = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=toy, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert done.stderr == "Error: params.yaml: unknown key ppo.kl_coeff; did you mean ppo.kl_coef?\n"
+
+
+def test_a_taken_port_names_the_next() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=rf"Choose another: `rlhf ui --port {port + 1}`"):
+            cli._require_free("127.0.0.1", port, "rlhf ui")
+
+
+def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(MissingArtifact, match=r"Found no recipes/huge\.yaml\. Recipes here: .*tiny"):
+        make_workspace("huge", tmp_path, project=PROJECT)
+
+
+GIB = 1024**3
+
+
+def test_preflight_names_what_is_missing() -> None:
+    fine = {"python": (3, 11), "disk": 50 * GIB, "memory": 16 * GIB}
+    assert preflight.problems(install=True, **fine) == []
+    [old] = preflight.problems(**{**fine, "python": (3, 8)})
+    assert old.startswith("Found Python 3.8, expected 3.11 or newer.")
+    [full] = preflight.problems(install=True, **{**fine, "disk": GIB})
+    assert full.startswith("Found 1.0 GiB of free disk, expected 6 GiB.")
+    [small] = preflight.problems(**{**fine, "memory": 2 * GIB})
+    assert small.startswith("Found 2.0 GiB of free memory, expected 6 GiB.")
+
+
+def test_preflight_needs_nothing_but_python() -> None:
+    done = subprocess.run([sys.executable, "-S", "-I", "flows/preflight.py", "--install"], cwd=PROJECT, text=True)
+    assert done.returncode in (0, 1)

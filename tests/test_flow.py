@@ -1,0 +1,200 @@
+"""flows/rlhf.py: the real flow, Prefect's server, DVC and MLflow around a workspace of five scripts."""
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from stores import sqlite_store
+from test_pipeline import is_gone, wait_for
+from toy import PROJECT, dvc, make_toy
+
+from flows.results import markdown, table_rows
+from flows.server import free_port
+from tasks.pipeline import STAGES
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_toy(tmp_path / "toy")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_store(folder / ".rlhf", tmp_path_factory))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    # Every test's servers share a database that stands already: making one takes four seconds.
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path_factory.getbasetemp() / "prefect"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return folder
+
+
+def rlhf(folder: Path, *arguments: str, **kwargs: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(PROJECT), "COLUMNS": "200"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=pipe, stderr=pipe, **kwargs)
+
+
+def recorded(folder: Path) -> list[dict[str, str]]:
+    """Status and tags of the pipeline runs in MLflow, newest first."""
+    code = """
+        import json
+        from tasks.tracking import connect, experiment_id
+        client = connect()
+        runs = client.search_runs([experiment_id(client)], "tags.`rlhf.kind` = 'pipeline'")
+        print(json.dumps([{"status": run.info.status, **run.data.tags} for run in runs]))
+    """
+    code = "\n".join(line.strip() for line in code.splitlines())
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+def test_a_flow_run_and_dvc_are_two_doors_to_one_pipeline(toy: Path) -> None:
+    (toy / "behaviour/sft").write_text("crash")  # once; the retry goes through
+    evaluate = {policy: {"reward": 0.5} for policy in ("base", "sft", "ppo")}
+    (toy / "metrics").mkdir()
+    (toy / "metrics/evaluate.json").write_text(json.dumps(evaluate))
+
+    first = rlhf(toy, "run", "-S", "ppo.kl_coef=0.1", "--name", "low")
+    out, log = first.communicate(timeout=120)
+    assert first.returncode == 0, log
+    for stage in STAGES:
+        assert f"{stage:<8}  {stage} 1/1 steps  100 %" in log
+        assert f"Completed('{stage} ran')" in log
+    assert "ended by signal SIGKILL" in log
+    assert "artifacts/evaluate/report.html" in out
+    assert "0.50" in out
+    assert "kl_coef: 0.1" in (toy / "params.yaml").read_text()
+    assert "up to date" in dvc(toy, "status")
+    [run] = recorded(toy)
+    assert (run["status"], run["mlflow.runName"], run["rlhf.door"]) == ("FINISHED", "low", "flow")
+    assert run["rlhf.flow_run_id"]
+
+    again = rlhf(toy, "run")
+    _, log = again.communicate(timeout=120)
+    assert again.returncode == 0, log
+    assert [line for line in log.splitlines() if "Cached(" in line and "had nothing to do" in line].__len__() == 5
+
+
+@pytest.mark.slow
+def test_a_failing_stage_fails_the_flow_with_one_message(toy: Path) -> None:
+    (toy / "behaviour/prepare").write_text("fail")
+    failed = rlhf(toy, "run")
+    out, log = failed.communicate(timeout=120)
+    assert failed.returncode == 1
+    assert log.splitlines()[-1] == (
+        "Error: Stage prepare failed: Found 0 rows in train.jsonl, expected some. Run `rlhf stage prepare`."
+    )
+    assert "Traceback" not in out + log
+    assert [run["status"] for run in recorded(toy)] == ["FAILED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_flow_leaves_no_process_and_a_killed_run(toy: Path, number: signal.Signals) -> None:
+    (toy / "behaviour/prepare").write_text("hang")
+    running = rlhf(toy, "run")
+    wait_for(toy / "hanging", seconds=60)
+    second = rlhf(toy, "stage", "prepare")
+    assert second.communicate(timeout=30)[1].startswith("Error: Another pipeline run works in")
+    assert second.returncode == 1
+    running.send_signal(number)
+    began = time.monotonic()
+    _, log = running.communicate(timeout=60)
+    assert running.returncode != 0, log
+    assert time.monotonic() - began < 20
+    assert is_gone(int((toy / "hanging").read_text()))
+    assert [run["status"] for run in recorded(toy)] == ["KILLED"]
+
+
+@pytest.mark.slow
+def test_a_served_deployment_gets_scheduled_runs_and_runs_them(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What breaks without a sound where fastapi or SQLAlchemy are newer than Prefect knows."""
+    monkeypatch.setenv("PREFECT_RUNNER_POLL_FREQUENCY", "1")
+    port = free_port()
+    serving = rlhf(toy, "serve", "--cron", "0 3 * * *", "--port", str(port), start_new_session=True)
+    try:
+        scheduled = poll(lambda: api(port, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}))
+        times = [datetime.datetime.fromisoformat(run["expected_start_time"]) for run in scheduled]
+        assert {(time.hour, time.minute) for time in times} == {(3, 0)}
+        assert all(run["auto_scheduled"] for run in scheduled)
+        deployment = scheduled[0]["deployment_id"]
+        run = api(port, f"deployments/{deployment}/create_flow_run", parameters={"until": "sft"})
+        done = poll(lambda: api(port, "flow_runs/filter", flow_runs={"id": {"any_": [run["id"]]}, "state": FINAL}))
+        assert done[0]["state_type"] == "COMPLETED"
+        assert [run["rlhf.flow_run_id"] for run in recorded(toy)] == [run["id"]]
+    finally:
+        serving.send_signal(signal.SIGINT)
+        serving.communicate(timeout=30)
+
+
+FINAL = {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}
+
+
+def api(port: int, path: str, **body: Any) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/api/{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=20) as reply:
+        return json.load(reply)
+
+
+def poll(ask: Any, seconds: float = 60) -> Any:
+    """The first non-empty answer; a server that does not answer yet is asked again."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if answer := ask():
+                return answer
+        except OSError:
+            pass
+        assert time.monotonic() < deadline, "no answer in time"
+        time.sleep(0.3)
+
+
+def test_the_flows_order_is_dvcs_graph() -> None:
+    stages = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
+    assert tuple(stages) == STAGES
+    written: set[str] = set()
+    for name, stage in stages.items():
+        assert stage["cmd"] == f"${{launcher}} -m tasks.{name}"
+        parts = [part for kind in ("outs", "metrics", "plots") for part in stage.get(kind, [])]
+        outs = {next(iter(part)) if isinstance(part, dict) else part for part in parts}
+        for dep in stage["deps"]:
+            if dep.startswith(("artifacts/", "metrics/", "plots/", "data/prepared")):
+                assert any(out == dep or out.startswith(f"{dep}/") for out in written), f"{name}: {dep} comes later"
+            else:
+                assert (PROJECT / dep).exists(), f"{name} depends on {dep}, which is not there"
+        written |= outs
+
+
+def test_the_form_shows_types_and_descriptions() -> None:
+    from flows.rlhf import Stage
+    from flows.rlhf import rlhf as flow
+
+    assert get_args(Stage) == STAGES
+    properties = flow.parameters.properties
+    assert set(properties) == {"overrides", "until", "force", "run_name", "retries", "stage_minutes"}
+    assert all(field["description"] and field["title"] for field in properties.values())
+    assert flow.parameters.required == []
+
+
+def test_prefect_yaml_schedules_the_flow() -> None:
+    config = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
+    [deployment] = config["deployments"]
+    path, name = deployment["entrypoint"].split(":")
+    assert f"def {name}(" in (PROJECT / path).read_text()
+    assert deployment["schedules"][0]["cron"]
+
+
+def test_the_table_shows_what_is_there() -> None:
+    evaluate = {"base": {"reward": 1.234}, "sft": {"reward": 2.0}, "ppo": {"reward": -3.0, "kl": 4.44}}
+    rows = {row[0]: row[1:] for row in table_rows(evaluate)}
+    assert rows["reward"] == ("1.23", "2.00", "-3.00")
+    assert rows["KL to SFT, nats a response"] == ("–", "–", "4.4")
+    assert "| reward | 1.23 | 2.00 | -3.00 |" in markdown(evaluate)

@@ -1,0 +1,49 @@
+"""Imports go down only: flows → tasks → rlhf_core, and each tool has one owner."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+OWNERS = {  # tool → where it may be imported
+    "prefect": ("flows/",),
+    "mlflow": ("tasks/tracking.py",),
+    "dvc": ("tasks/pipeline.py", "tasks/lineage.py"),
+    "dvc_data": ("tasks/lineage.py",),
+    "typer": ("flows/cli.py",),
+}
+FORBIDDEN = {"rlhf_core": ("tasks", "flows"), "tasks": ("flows",), "flows": ()}
+FILES = sorted(path for layer in FORBIDDEN for path in (PROJECT / layer).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module named in an import statement, wherever in the file it stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PROJECT)) for path in FILES])
+def test_imports_go_down_and_tools_have_one_owner(path: Path) -> None:
+    name = path.relative_to(PROJECT).as_posix()
+    modules = imports(path)
+    tops = {module.partition(".")[0] for module in modules}
+    assert not tops & set(FORBIDDEN[name.partition("/")[0]]), f"{name} imports upwards"
+    for tool, owners in OWNERS.items():
+        assert tool not in tops or name.startswith(owners), f"{name} imports {tool}, which belongs to {owners}"
+    if name.startswith("rlhf_core/functional/"):
+        outside = {module for module in modules if not module.startswith("rlhf_core.functional")}
+        outside = {module.partition(".")[0] for module in outside} - set(sys.stdlib_module_names)
+        assert outside <= {"torch"}, f"{name} is maths, and imports {outside - {'torch'}}"
+
+
+def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text("def f():\n    import mlflow.entities\n    from flows.rlhf import rlhf\n")
+    assert imports(tmp_path / "late.py") == {"mlflow.entities", "flows.rlhf"}

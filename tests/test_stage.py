@@ -1,0 +1,327 @@
+"""tasks/stage.py: what a stage leaves behind when it ends well, fails, or is stopped."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow.entities import Run
+from stores import PROJECT, sqlite_store
+from toy import dvc, init_dvc
+
+from rlhf_core.errors import DataError, ResourceError
+from tasks.environment import prepare_environment, project_root, workspace_root
+from tasks.lineage import locked_key
+from tasks.stage import History, check_disk, stage_run, write_json, write_text
+from tasks.tracking import connect, experiment_id
+
+
+@pytest.fixture
+def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params.yaml, an MLflow store, and no DVC."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "RLHF_PARENT_RUN_ID", "RLHF_FLOW_RUN_ID", "RANK", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("RLHF_MIN_FREE_GB", "0")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    sqlite_store(tmp_path / ".rlhf", tmp_path_factory)
+    return tmp_path
+
+
+def recorded() -> list[Run]:
+    """All runs of the default store, oldest first."""
+    client = connect()
+    return list(client.search_runs([experiment_id(client)], order_by=["start_time ASC"]))
+
+
+def of_stage(stage: str) -> Run:
+    (run,) = [run for run in recorded() if run.info.run_name == stage]
+    return run
+
+
+def test_a_stage_writes_its_metrics_and_curve_and_records_them(project: Path) -> None:
+    with stage_run("ppo", torch=False) as run:
+        assert run.params.ppo.kl_coef == 0.05
+        for step in range(3):
+            run.tracker.metrics({"ppo/kl": step / 3, "ppo/tokens_per_second": time.time()}, step=step)
+        run.finish_metrics({"kl": 0.7, "policy": {"reward": 1.5}, "gap": float("nan")})
+    text = (project / "metrics/ppo.json").read_text()
+    assert text == '{\n  "gap": null,\n  "kl": 0.7,\n  "policy": {\n    "reward": 1.5\n  }\n}\n'
+    assert (project / "plots/ppo.csv").read_text() == f"step,ppo/kl\n0,0.0\n1,{1 / 3!r}\n2,{2 / 3!r}\n"
+    ppo = of_stage("ppo")
+    assert ppo.info.status == "FINISHED"
+    assert ppo.data.params["ppo.kl_coef"] == "0.05"
+    assert all(name.startswith("ppo.") for name in ppo.data.params)
+    assert ppo.data.metrics["ppo/policy/reward"] == 1.5
+    assert ppo.data.metrics["ppo/kl"] == 2 / 3  # the curve's last point: the final figure of this name is the parent's
+    (parent,) = [run for run in recorded() if run.info.run_id == ppo.data.tags["mlflow.parentRunId"]]
+    assert (parent.info.status, parent.data.params["sft.epochs"]) == ("FINISHED", "3")
+
+
+def test_the_users_mistake_is_one_message_and_exit_1(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, stage_run("sft", torch=False):
+        raise DataError("train.jsonl:3: Found no response.")
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "sft: train.jsonl:3: Found no response.\n"
+    assert of_stage("sft").info.status == "FAILED"
+    assert not (project / "metrics").exists()
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(project: Path) -> None:
+    with pytest.raises(ZeroDivisionError), stage_run("sft", torch=False):
+        raise ZeroDivisionError
+    assert of_stage("sft").info.status == "FAILED"
+
+
+def test_a_full_disk_is_said_plainly(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), stage_run("sft", torch=False):
+        raise OSError(28, "No space left on device", "artifacts/sft/model.safetensors")
+    assert capsys.readouterr().err == "sft: The disk is full (artifacts/sft/model.safetensors); free some space.\n"
+
+
+@pytest.mark.parametrize(
+    ("dep", "said"),
+    [
+        ("artifacts/sft/model", "ppo: artifacts/sft/model is missing. Run `dvc repro sft`"),
+        ("artifacts/base", "ppo: artifacts/base is missing. Run `dvc repro prepare`"),
+        ("data/prepared", "ppo: data/prepared is missing. Run `dvc repro prepare`"),
+    ],
+)
+def test_a_missing_input_names_the_stage_that_writes_it(
+    project: Path, capsys: pytest.CaptureFixture[str], dep: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_, stage_run("ppo", deps=[dep], torch=False):
+        raise AssertionError("never reached")
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.startswith(said)
+    assert recorded() == []
+
+
+def test_a_wrong_parameter_stops_before_anything_is_recorded(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (project / "params.yaml").read_text().replace("kl_coef:", "kl_coeff:")
+    (project / "params.yaml").write_text(text)
+    with pytest.raises(SystemExit), stage_run("ppo", torch=False):
+        raise AssertionError("never reached")
+    assert "did you mean ppo.kl_coef?" in capsys.readouterr().err
+    assert recorded() == []
+
+
+def test_little_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_MIN_FREE_GB", "1e9")
+    with pytest.raises(ResourceError, match=r"GB are free .* a stage needs 1e\+09 GB"):
+        check_disk()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_stage_is_marked_killed(project: Path, number: signal.Signals) -> None:
+    code = """
+import time
+from tasks.stage import stage_run
+with stage_run("ppo", torch=False) as run:
+    run.tracker.metrics({"ppo/kl": 1.0}, step=0)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(number)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 128 + number
+    assert f"ppo was stopped by {number.name}" in said
+    assert "Traceback" not in said
+    assert of_stage("ppo").info.status == "KILLED"
+
+
+def test_signal_handlers_are_given_back(project: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stage_run("ppo", torch=False):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_helper_processes_of_a_launch_report_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with stage_run("ppo", torch=False) as run:
+        run.tracker.metrics({"ppo/kl": 1.0}, step=0)
+        run.log_dataset("prompts", "data")
+        run.register_model("policy", "artifacts/ppo")
+        run.finish_metrics({"kl": 1.0})
+    assert not (project / "metrics").exists()
+    assert recorded() == []
+
+
+def test_a_flow_run_is_the_parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect()
+    parent = client.create_run(experiment_id(client), run_name="flow").info.run_id
+    monkeypatch.setenv("RLHF_PARENT_RUN_ID", parent)
+    monkeypatch.setenv("RLHF_FLOW_RUN_ID", "f-1")
+    with stage_run("sft", torch=False) as run:
+        run.finish_metrics({"perplexity": 9.0})
+    sft = of_stage("sft")
+    tags = sft.data.tags
+    assert (tags["mlflow.parentRunId"], tags["rlhf.door"], tags["rlhf.flow_run_id"]) == (parent, "flow", "f-1")
+    assert client.get_run(parent).info.status == "RUNNING"  # the flow ends it
+
+
+# Resuming
+
+
+def test_a_resumed_stage_writes_the_whole_curve(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    straight, killed = History(None), History(path)
+    for step in range(6):
+        straight.add(step, {"ppo/kl": step / 7, "ppo/seconds": 1.0, "ppo/update_seconds": time.time()})
+    for step in range(4):
+        killed.add(step, {"ppo/kl": step / 7})
+    with path.open("a") as file:
+        file.write('[4, {"ppo/k')  # cut short by the kill
+    resumed = History(path)
+    replayed = resumed.add(2, {"ppo/kl": 2 / 7})  # its last checkpoint was written after step 1
+    assert replayed == [(0, {"ppo/kl": 0.0}), (1, {"ppo/kl": 1 / 7})]
+    for step in range(3, 6):
+        assert resumed.add(step, {"ppo/kl": step / 7}) == []
+    again = History(path)  # killed once more, at the very end
+    assert [step for step, _ in again.add(5, {"ppo/kl": 5 / 7})] == [0, 1, 2, 3, 4]
+    rows = list(csv.reader(resumed.csv().splitlines()))
+    assert rows == list(csv.reader(again.csv().splitlines()))
+    assert [row[:2] for row in csv.reader(straight.csv().splitlines())] == rows
+    assert straight.csv().splitlines()[0] == "step,ppo/kl"
+
+
+def test_a_stage_that_starts_over_keeps_nothing_of_the_old_curve(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).add(0, {"a": 1.0, "b": 1.0})
+    over = History(path)
+    assert over.add(0, {"a": 2.0}) == []
+    assert over.steps == {0: {"a": 2.0}}
+    over.forget()
+    assert not path.exists()
+
+
+# Files
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "metrics.json"
+    write_json(path, {"b": [1.0, float("inf")], "a": {"c": 1}})
+    assert json.loads(path.read_text()) == {"a": {"c": 1}, "b": [1.0, None]}
+    with pytest.raises(TypeError):
+        write_json(path, {"b": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half \ud800")
+    assert json.loads(path.read_text()) == {"a": {"c": 1}, "b": [1.0, None]}
+    assert [entry.name for entry in path.parent.iterdir()] == ["metrics.json"]
+
+
+# Environment
+
+
+def test_every_switch_is_set_and_a_persons_choices_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.update({"DO_NOT_TRACK": "0", "MPLBACKEND": "svg", "PATH": "/usr/bin"})
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    prepare_environment(hub=True)
+    assert "HF_HUB_OFFLINE" not in os.environ
+    prepare_environment()
+    prepare_environment()
+    assert os.environ["DO_NOT_TRACK"] == "true"
+    assert os.environ["MPLBACKEND"] == "svg"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
+
+
+def test_state_lies_in_the_repository_and_work_in_the_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "inner" / "deep"
+    inner.mkdir(parents=True)
+    (tmp_path / "inner/dvc.yaml").touch()
+    monkeypatch.chdir(inner)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    assert project_root() == workspace_root() == tmp_path / "inner"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert (project_root(), workspace_root()) == (tmp_path, tmp_path / "inner")
+
+
+# Under DVC
+
+STAGE = """
+import sys
+from pathlib import Path
+from tasks.stage import stage_run
+name, upstream = sys.argv[1:]
+with stage_run(name, deps=[upstream], torch=False) as run:
+    run.log_dataset("starter", upstream, rows=1)
+    run.tracker.metrics({f"{name}/loss": 0.5}, step=0)
+    out = Path("artifacts", name)
+    out.mkdir(parents=True)
+    (out / "weights").write_text(f"{name} {run.params.ppo.kl_coef if name == 'ppo' else ''}")
+    run.register_model(name, out, {"loss": 0.5})
+    run.finish_metrics({"accuracy": 0.75})
+"""
+
+
+@pytest.mark.slow
+def test_stages_of_one_dvc_repro_share_a_parent_with_full_lineage(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    (project / "stage.py").write_text(STAGE)
+    (project / "data").mkdir()
+    (project / "data/a").write_text("a")
+    stages = {
+        stage: {
+            "cmd": f"python stage.py {stage} {upstream}",
+            "deps": [upstream],
+            "params": [stage],
+            "outs": [f"artifacts/{stage}"],
+            "metrics": [{f"metrics/{stage}.json": {"cache": False}}],
+            "plots": [f"plots/{stage}.csv"],
+        }
+        for stage, upstream in (("sft", "data"), ("ppo", "artifacts/sft"))
+    }
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    init_dvc(project)
+    dvc(project, "repro")
+    sft, ppo = of_stage("sft"), of_stage("ppo")
+    client = connect()
+    parent = client.get_run(ppo.data.tags["mlflow.parentRunId"])
+    assert sft.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert len(recorded()) == 3
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    for run, stage, dep in ((sft, "sft", "data"), (ppo, "ppo", "artifacts/sft")):
+        tags = run.data.tags
+        assert (tags["rlhf.stage"], tags["rlhf.door"], tags["rlhf.run_key"]) == (stage, "dvc", locked_key(stage))
+        assert tags[f"rlhf.dep.{dep}"] == lock[stage]["deps"][0]["md5"]
+        assert run.inputs.dataset_inputs[0].dataset.digest == lock[stage]["deps"][0]["md5"]
+        assert parent.data.tags[f"rlhf.{stage}.run_id"] == run.info.run_id
+        version = client.get_model_version_by_alias(stage, "current")
+        assert (
+            version.tags["rlhf.dvc_hash"]
+            == next(o for o in lock[stage]["outs"] if o["path"] == f"artifacts/{stage}")["md5"]
+        )
+    assert parent.data.metrics == {"sft/accuracy": 0.75, "ppo/accuracy": 0.75}
+    assert parent.info.status == "FINISHED"
+
+    # One parameter changes: only ppo runs, and the new pipeline run names who computed sft.
+    text = (project / "params.yaml").read_text().replace("kl_coef: 0.05", "kl_coef: 0.2")
+    (project / "params.yaml").write_text(text)
+    dvc(project, "repro")
+    newest = [run for run in recorded() if run.data.tags["rlhf.kind"] == "pipeline"][-1]
+    assert newest.info.run_id != parent.info.run_id
+    assert newest.data.params["ppo.kl_coef"] == "0.2"
+    assert newest.data.metrics == {"sft/accuracy": 0.75, "ppo/accuracy": 0.75}
+    tags = newest.data.tags
+    assert (tags["rlhf.sft.run_id"], tags["rlhf.sft.cached"]) == (sft.info.run_id, "true")
+    assert tags["rlhf.ppo.cached"] == "false"
