@@ -304,9 +304,11 @@ def _exec(command: list[str]) -> None:
     process = subprocess.Popen([sys.executable, "-m", *command], env=env)
     try:
         code = process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the terminal sent it to the child too
+        code = 0
+    finally:
         process.terminate()
-        code = 0 if process.wait() is not None else 1
+        process.wait()
     if code:
         raise typer.Exit(code)
 

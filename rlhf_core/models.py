@@ -9,6 +9,7 @@ Models stay in eval mode for good: dropout in rollouts or updates alone would mo
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ from rlhf_core.functional import entropy as token_entropy
 from rlhf_core.functional import token_logprobs
 
 REFERENCE = "reference"
+# PEFT 0.21 asks transformers 5.23 by the old name; harmless, and not the user's to mend.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
 LOGIT_ROWS = 8  # rows whose (T, V) logits are held at once; V is about 50,000
 
 
@@ -72,7 +76,6 @@ def load_policy(folder: str | Path) -> PreTrainedModel:
         model = load_policy(_below(folder))
         peft = PeftModel.from_pretrained(model, str(folder), adapter_name="merging", low_cpu_mem_usage=False)
         model = peft.merge_and_unload()
-        del model.peft_config
     else:
         if not (folder / "config.json").is_file():
             raise MissingArtifact(_missing(folder))
@@ -121,6 +124,7 @@ class Roles(nn.Module):
             self.full[role] = source.requires_grad_(True).to(self.device)
         else:
             config = self._new_adapter() if start is None else LoraConfig.from_pretrained(str(start))
+            config.base_model_name_or_path = None  # PEFT would warn that the merged base bears another name
             if self.peft is None:
                 self.peft = get_peft_model(self.model, config, adapter_name=role, autocast_adapter_dtype=False)
             else:

@@ -1,7 +1,7 @@
 """Measures what Prefect, DVC and MLflow cost around five empty stages: `python scripts/orchestration_cost.py`.
 
-Makes a workspace in a temporary folder, runs the real flow in it three times (a new workspace, all stages forced, nothing
-to do), and prints where the seconds go as a markdown table. docs/orchestration.md keeps one such table.
+Makes a workspace in a temporary folder, runs the real flow in it three times (new workspace, all stages run, nothing to
+do), and prints where the seconds go as a markdown table. docs/orchestration.md keeps one such table.
 """
 
 import os

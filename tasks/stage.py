@@ -34,7 +34,7 @@ from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_
 from tasks.tracking import MLflowTracker, Parent
 
 MIN_FREE_GB = 3.0  # a run's weights and caches; RLHF_MIN_FREE_GB overrides
-_TIMINGS = ("_per_second", "_seconds")  # differ from run to run, so they stay out of files that DVC tracks
+_TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
 
 
 class Killed(BaseException):
@@ -51,29 +51,40 @@ class History:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self.steps: dict[int, dict[str, float]] = {}
-        self._resumed: dict[int, dict[str, float]] = {}
+        self._interrupted: dict[str, dict[int, float]] = {}  # what the run before got to, by name and step
         if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a line cut short by the kill
+            text = path.read_text(encoding="utf-8")
+            if not text.endswith("\n"):  # the kill cut a line short; what follows gets a line of its own
+                path.write_text(f"{text}\n", encoding="utf-8")
+            for line in text.splitlines():
+                with suppress(ValueError):
                     step, values = json.loads(line)
-                    self._resumed.setdefault(step, {}).update(values)
+                    for name, value in values.items():
+                        self._interrupted.setdefault(name, {})[step] = value
 
     def add(self, step: int, values: Mapping[str, float]) -> list[tuple[int, dict[str, float]]]:
-        """Keep values; returns the earlier steps of an interrupted run that this one goes on from, once."""
-        before = []
-        if self._resumed:
-            before = sorted((old, kept) for old, kept in self._resumed.items() if old < step)
-            self._resumed = {}
-            for old, kept in before:
-                self.steps.setdefault(old, {}).update(kept)
-            if self._path is not None:  # later steps are run again
-                write_text(self._path, "".join(json.dumps(row) + "\n" for row in before))
+        """Keep values; returns what an interrupted run, which this one goes on from, recorded of them before."""
+        before = self._take({name: step for name in values if name in self._interrupted})
         self.steps.setdefault(step, {}).update(values)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([step, dict(values)]) + "\n")
         return before
+
+    def rest(self) -> list[tuple[int, dict[str, float]]]:
+        """At the end: curves that were complete before the interruption, so that this run never added to them."""
+        return self._take({name: max(points) + 1 for name, points in self._interrupted.items()})
+
+    def _take(self, until: Mapping[str, int]) -> list[tuple[int, dict[str, float]]]:
+        """Move the interrupted run's values of some names before a step into the history."""
+        taken: dict[int, dict[str, float]] = {}
+        for name, end in until.items():
+            for step, value in self._interrupted.pop(name).items():
+                if step < end:
+                    taken.setdefault(step, {})[name] = value
+                    self.steps.setdefault(step, {})[name] = value
+        return sorted(taken.items())
 
     def csv(self) -> str:
         """All steps as CSV; columns sorted, numbers exact, no timings."""
@@ -214,6 +225,8 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
 
 def _finish(run: StageRun) -> None:
     """After the body: the curve as a file, final metrics and the parent's summary to MLflow."""
+    for step, values in run._history.rest():
+        run._sink.metrics(values, step=step)
     plot = f"plots/{run.stage}.csv"
     if (run._entry and plot in run._entry.outputs) or (not run._entry and run._history.steps):
         write_text(Path(plot), run._history.csv())

@@ -198,7 +198,7 @@ class Replay:
             self._offset = offset
             self._last_time = events[-1]["time"]
         if self._unsent_tables and time.monotonic() - self._tables_sent > _TABLE_SECONDS:
-            self._send_tables()
+            self._guarded([{"event": "tables"}])
 
     def close_dead(self) -> None:
         """End the run of a process that died without saying so."""
@@ -216,7 +216,7 @@ class Replay:
                     break
                 event = json.loads(line)
                 size = len(event["values"]) if event["event"] == "metrics" else 1000
-                if group and (points + size > 1000):
+                if group and (points + size > 1000 or event["event"] != group[0]["event"]):
                     yield group, offset
                     group, points = [], 0
                 group.append(event)
@@ -229,12 +229,22 @@ class Replay:
         """Apply events; one that the store will never take is reported and passed over, so that it blocks nothing."""
         from mlflow.exceptions import MlflowException
 
+        kind = events[0]["event"]
         try:
+            if kind == "end" and self._unsent_tables:
+                self._guarded([{"event": "tables"}])
             self._apply(events)
-        except MlflowException as error:
-            if error.error_code not in _PERMANENT or events[0]["event"] == "start":
+        except (
+            MlflowException,
+            PermissionError,
+            ImportError,
+        ) as error:  # of files: no right or no client for that store
+            if kind == "start" or getattr(error, "error_code", "BAD_REQUEST") not in _PERMANENT:
                 raise
-            print(f"MLflow refused a {events[0]['event']} event: {str(error).splitlines()[0][:300]}", flush=True)
+            print(f"MLflow refused the {kind} of this run: {_first_line(error)}", flush=True)
+            if kind == "tables":
+                self._unsent_tables.clear()
+            self.ended = self.ended or kind == "end"
 
     def _apply(self, events: list[dict[str, Any]]) -> None:
         kind = events[0]["event"]
@@ -295,15 +305,15 @@ class Replay:
         rows.extend({"step": event["step"], **row} for row in event["rows"])
         self._unsent_tables.add(event["name"])
 
-    def _send_tables(self) -> None:
+    def _on_tables(self, event: dict[str, Any]) -> None:
         """Each table as one JSON file in the form that MLflow's UI shows as a table."""
         client, run_id = self._run()
         for name in sorted(self._unsent_tables):
             rows = self._tables[name]
             columns = list(dict.fromkeys(column for row in rows for column in row))
             table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
-            client.log_text(run_id, json.dumps(table, ensure_ascii=False), f"{metric_name(name)}.json")
-        shown = [{"path": f"{metric_name(name)}.json", "type": "table"} for name in sorted(self._tables)]
+            client.log_text(run_id, json.dumps(table, ensure_ascii=False), _table_file(name))
+        shown = [{"path": _table_file(name), "type": "table"} for name in sorted(self._tables)]
         client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(shown))
         self._unsent_tables.clear()
         self._tables_sent = time.monotonic()
@@ -351,8 +361,6 @@ class Replay:
             _apply_summary(self.client, self._experiment, self.parent_id, event["summary"], own)
 
     def _on_end(self, event: dict[str, Any]) -> None:
-        if self._unsent_tables:
-            self._send_tables()
         if self.client is not None and self.run_id:
             self.client.set_terminated(self.run_id, event["status"], event["time"])
         if self.client is not None and self.parent_id and (self._owns_parent or not self.run_id):
@@ -363,6 +371,10 @@ class Replay:
 
     def _on_done(self, event: dict[str, Any]) -> None:
         self.ended = True
+
+
+def _table_file(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_\-]", "_", name) + ".json"
 
 
 def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -> None:

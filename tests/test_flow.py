@@ -114,7 +114,7 @@ def test_a_stopped_flow_leaves_no_process_and_a_killed_run(toy: Path, number: si
 
 
 @pytest.mark.slow
-def test_a_served_deployment_gets_scheduled_runs_and_runs_them(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_deployment_is_scheduled_runs_and_can_be_cancelled(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What breaks without a sound where fastapi or SQLAlchemy are newer than Prefect knows."""
     monkeypatch.setenv("PREFECT_RUNNER_POLL_FREQUENCY", "1")
     port = free_port()
@@ -129,6 +129,15 @@ def test_a_served_deployment_gets_scheduled_runs_and_runs_them(toy: Path, monkey
         done = poll(lambda: api(port, "flow_runs/filter", flow_runs={"id": {"any_": [run["id"]]}, "state": FINAL}))
         assert done[0]["state_type"] == "COMPLETED"
         assert [run["rlhf.flow_run_id"] for run in recorded(toy)] == [run["id"]]
+
+        (toy / "behaviour/reward").write_text("hang")
+        run = api(port, f"deployments/{deployment}/create_flow_run", parameters={})
+        wait_for(toy / "hanging", seconds=60)
+        api(port, f"flow_runs/{run['id']}/set_state", state={"type": "CANCELLING"})
+        done = poll(lambda: api(port, "flow_runs/filter", flow_runs={"id": {"any_": [run["id"]]}, "state": FINAL}))
+        assert done[0]["state_type"] == "CANCELLED"
+        poll(lambda: is_gone(int((toy / "hanging").read_text())))
+        poll(lambda: [each["status"] for each in recorded(toy)] == ["KILLED", "FINISHED"])
     finally:
         serving.send_signal(signal.SIGINT)
         serving.communicate(timeout=30)

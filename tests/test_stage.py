@@ -193,19 +193,25 @@ def test_a_resumed_stage_writes_the_whole_curve(tmp_path: Path) -> None:
         assert resumed.add(step, {"ppo/kl": step / 7}) == []
     again = History(path)  # killed once more, at the very end
     assert [step for step, _ in again.add(5, {"ppo/kl": 5 / 7})] == [0, 1, 2, 3, 4]
+    assert path.read_text().count("\n") == 4 + 1 + 4 + 1
     rows = list(csv.reader(resumed.csv().splitlines()))
     assert rows == list(csv.reader(again.csv().splitlines()))
     assert [row[:2] for row in csv.reader(straight.csv().splitlines())] == rows
     assert straight.csv().splitlines()[0] == "step,ppo/kl"
 
 
-def test_a_stage_that_starts_over_keeps_nothing_of_the_old_curve(tmp_path: Path) -> None:
+def test_a_curve_that_was_complete_before_the_kill_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
-    History(path).add(0, {"a": 1.0, "b": 1.0})
-    over = History(path)
-    assert over.add(0, {"a": 2.0}) == []
-    assert over.steps == {0: {"a": 2.0}}
-    over.forget()
+    killed = History(path)
+    for step in range(5):
+        killed.add(step, {"reward/loss": step / 7})
+    killed.add(0, {"reward/gold_loss": 0.5})
+    resumed = History(path)  # the second model is trained anew, the first was done
+    assert resumed.add(0, {"reward/gold_loss": 0.25}) == []
+    assert resumed.rest() == [(step, {"reward/loss": step / 7}) for step in range(5)]
+    assert resumed.rest() == []
+    assert resumed.steps[0] == {"reward/gold_loss": 0.25, "reward/loss": 0.0}
+    resumed.forget()
     assert not path.exists()
 
 

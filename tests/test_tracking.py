@@ -226,10 +226,13 @@ os.kill(os.getpid(), 9)
 def test_an_event_that_the_store_never_takes_blocks_nothing(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = MLflowTracker("ppo", params={}, tags={}, uri=uri)
     tracker.model("a/b:c", "artifacts/ppo", metrics={}, tags={})  # no model may be called that
+    tracker.metrics({}, step=0)
+    tracker.table("a/../../b", [{"prompt": "x"}], step=0)
     tracker.metrics({"ppo/kl": 1.0}, step=0)
     assert tracker.close()
-    assert runs(uri)["ppo"][0].data.metrics == {"ppo/kl": 1.0}
-    assert "MLflow refused a model event" in capsys.readouterr().out
+    (run,) = runs(uri)["ppo"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"ppo/kl": 1.0})
+    assert "MLflow refused the model of this run" in capsys.readouterr().out
 
 
 def test_not_a_number_and_odd_names_are_recorded(uri: str) -> None:

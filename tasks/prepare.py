@@ -1,0 +1,43 @@
+"""Stage prepare: the base model and the checked, split data. The learning's side of it is rlhf_core/data.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+from rlhf_core.base import fetch_base
+from rlhf_core.data import SPLITS, prepare, summarise, write_prepared
+from rlhf_core.models import load_tokenizer
+from tasks.stage import stage_run
+
+BASE, PREPARED = Path("artifacts/base"), Path("data/prepared")
+
+
+def main() -> None:
+    with stage_run("prepare") as run:
+        config = run.params.prepare
+        run.progress(0, 3, unit="steps", note="base model")
+        fetch_base(config.base, BASE)
+        run.progress(1, 3, unit="steps", note="data")
+        tokenizer = load_tokenizer(BASE)
+        context = json.loads((BASE / "config.json").read_text())["max_position_embeddings"]
+        prepared = prepare(config, tokenizer, context)
+        shutil.rmtree(PREPARED, ignore_errors=True)
+        write_prepared(prepared, PREPARED)
+        run.progress(2, 3, unit="steps", note="summary")
+        summary = summarise(prepared, tokenizer, config.system)
+        for split in SPLITS:
+            kept = summary[split]
+            print(
+                f"prepare  {split:<10} {kept['prompts']:>5} prompts  {kept['demonstrations']:>5} demonstrations  "
+                f"{kept['rankings']:>5} rankings",
+                flush=True,
+            )
+        run.finish_metrics(summary)
+        for source in sorted({*config.demonstrations, *config.rankings, *config.prompts}):
+            if Path(source).is_file():
+                run.log_dataset(Path(source).stem, source, context="source")
+        run.progress(3, 3, unit="steps")
+
+
+if __name__ == "__main__":
+    main()
