@@ -182,7 +182,8 @@ def _logprobs(roles: Roles, role: str, answers: Sampled, temperature: float, *, 
     for rows in torch.arange(len(ids_BS)).split(size):
         trunk = roles.trunk(ids_BS[rows], mask_BS[rows])
         start = answers.prompt_ids_BP.shape[1]
-        found, _ = roles.logprobs(trunk, role, answers.ids_BT[rows], start=start, temperature=temperature)
+        ids_BT, mask_BT = answers.ids_BT[rows], answers.mask_BT[rows]
+        found, _ = roles.logprobs(trunk, role, ids_BT, mask_BT, start=start, temperature=temperature)
         parts.append(found.cpu())
     return torch.cat(parts)
 

@@ -31,7 +31,7 @@ REFERENCE = "reference"
 # PEFT 0.21 asks transformers 5.23 by the old name; harmless, and not the user's to mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
-LOGIT_ROWS = 8  # rows whose (T, V) logits are held at once; V is about 50,000
+LOGIT_TOKENS = 512  # how many tokens' logits are made at once; V is about 50,000
 
 
 class Trunk(NamedTuple):
@@ -213,27 +213,42 @@ class Roles(nn.Module):
         return _run(self._view(body, slice(self.depth, self.layers)), trunk.mask_BS, inputs_embeds=trunk.states)
 
     def logprobs(
-        self, trunk: Trunk, role: str, ids_BT: Tensor, *, start: int, temperature: float, entropy: bool = False
+        self,
+        trunk: Trunk,
+        role: str,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        start: int,
+        temperature: float,
+        entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Float32 log-probabilities of the tokens that begin at position `start`, and the entropy where asked.
 
         Args:
             ids_BT: (B, T) the tokens at positions start … start + T − 1 of the batch that made the trunk.
+            mask_BT: (B, T) bool, True where a log-prob is wanted.
 
         Returns:
-            (B, T) log-probs in nats, (B, T) entropies in nats or None.
+            (B, T) log-probs in nats, (B, T) entropies in nats or None; 0 where the mask is False.
         """
+        ids_BT, mask_BT = ids_BT.to(self.device), mask_BT.to(self.device)
         hidden_BTD = self.hidden(trunk, role)[:, start - 1 : start - 1 + ids_BT.shape[1]]
+        hidden_ND, ids_N = hidden_BTD[mask_BT], ids_BT[mask_BT]
         head = self._model_of(role).get_output_embeddings()
         found, spread = [], []
-        # Logits only where they are needed and some rows at a time: (B, S, V) is never held.
-        for rows in torch.arange(len(ids_BT)).split(LOGIT_ROWS):
-            logits = head(hidden_BTD[rows])
-            found.append(token_logprobs(logits, ids_BT[rows], temperature=temperature))
+        # Logits only where they are needed and some tokens at a time: (B, S, V) is never held.
+        for part_ND, part_N in zip(hidden_ND.split(LOGIT_TOKENS), ids_N.split(LOGIT_TOKENS), strict=True):
+            logits_1NV = head(part_ND)[None]
+            found.append(token_logprobs(logits_1NV, part_N[None], temperature=temperature)[0])
             if entropy:
                 with torch.no_grad():
-                    spread.append(token_entropy(logits, temperature=temperature))
-        return torch.cat(found), torch.cat(spread) if entropy else None
+                    spread.append(token_entropy(logits_1NV, temperature=temperature)[0])
+        logprobs_N = torch.cat(found)
+        logprobs_BT = logprobs_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, logprobs_N)
+        if not entropy:
+            return logprobs_BT, None
+        return logprobs_BT, torch.zeros_like(logprobs_BT).masked_scatter(mask_BT, torch.cat(spread))
 
     def values(self, trunk: Trunk, role: str, *, start: int, length: int) -> Tensor:
         """(B, T) raw outputs of the role's scalar head before each token from position `start` on is emitted."""

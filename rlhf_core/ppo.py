@@ -174,8 +174,8 @@ def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: fl
     ids_BT, mask_BT = ids_BS[:, start:], mask_BS[:, start:]
     trunk = roles.trunk(ids_BS, mask_BS)
     options = {"start": start, "temperature": config.temperature}
-    logprobs_BT, entropy_BT = roles.logprobs(trunk, POLICY, ids_BT, entropy=True, **options)
-    ref_logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, ids_BT, **options)
+    logprobs_BT, entropy_BT = roles.logprobs(trunk, POLICY, ids_BT, mask_BT, entropy=True, **options)
+    ref_logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, ids_BT, mask_BT, **options)
     values_BT = roles.values(trunk, VALUE, start=start, length=ids_BT.shape[1])
     mean, std, _ = roles.normalisers[REWARD]
     scores_B = ((roles.scores(trunk, REWARD) - mean) / std).clamp(-config.score_clip, config.score_clip)
@@ -218,7 +218,7 @@ def losses(
     found = {}
     if learn_policy:
         logprobs_BT, _ = roles.logprobs(
-            part.trunk, POLICY, part.ids_BT, start=part.start, temperature=config.temperature
+            part.trunk, POLICY, part.ids_BT, part.mask_BT, start=part.start, temperature=config.temperature
         )
         policy = policy_loss(
             logprobs_BT,

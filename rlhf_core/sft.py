@@ -45,8 +45,8 @@ def response_logprobs(roles: Roles, role: str, examples: Sequence[Example], pad_
     prompt_B = torch.tensor([example.prompt_length for example in examples])
     response_BT = (mask_BS & (positions_S >= prompt_B[:, None]))[:, start:]
     trunk: Trunk = roles.trunk(ids_BS, mask_BS)
-    logprobs_BT, _ = roles.logprobs(trunk, role, ids_BS[:, start:], start=start, temperature=1.0)
-    return logprobs_BT, response_BT
+    logprobs_BT, _ = roles.logprobs(trunk, role, ids_BS[:, start:], response_BT, start=start, temperature=1.0)
+    return logprobs_BT, response_BT.to(logprobs_BT.device)
 
 
 @torch.no_grad()
