@@ -14,7 +14,7 @@ import typer
 
 from flows import preflight
 from rlhf_core.errors import ResourceError, RLHFError
-from tasks.environment import prepare_environment, state_folder
+from tasks.environment import state_folder
 from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, workspace_lock
 
 app = typer.Typer(
@@ -94,7 +94,6 @@ def stage(
     - `rlhf stage evaluate --force`
     """
     _check_stage(name)
-    prepare_environment()
     root = find_root()
     with workspace_lock(root):
         apply_overrides(overrides or [], root=root)
@@ -111,7 +110,6 @@ def ui(
 
     To compare two runs, tick them in the table and press Compare.
     """
-    prepare_environment()
     find_root()
     from tasks.tracking import connect, tracking_uri
 
@@ -207,7 +205,6 @@ def chat(
 
     - `rlhf chat sft`
     """
-    prepare_environment()
     root = find_root()
     from flows.chat import FOLDERS
     from flows.chat import chat as talk
@@ -221,7 +218,6 @@ def chat(
 @app.command()
 def sync() -> None:
     """Send MLflow what it missed while its server was away."""
-    prepare_environment()
     find_root()
     from tasks.tracking import sync_outbox
 
@@ -300,15 +296,16 @@ def _require_free(host: str, port: int, command: str) -> None:
 
 def _exec(command: list[str]) -> None:
     """Run a tool of this environment in the foreground; it ends with Ctrl-C."""
+    from flows.server import stop
+
     env: dict[str, Any] = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen([sys.executable, "-m", *command], env=env)
+    process = subprocess.Popen([sys.executable, "-m", *command], env=env, start_new_session=True)
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the terminal sent it to the child too
+    except KeyboardInterrupt:
         code = 0
     finally:
-        process.terminate()
-        process.wait()
+        stop(process)
     if code:
         raise typer.Exit(code)
 

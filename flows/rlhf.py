@@ -18,7 +18,6 @@ from pydantic import Field
 
 from flows.results import publish_results
 from rlhf_core.errors import RLHFError
-from tasks.environment import prepare_environment
 from tasks.pipeline import STAGES, Outcome, StageFailed, apply_overrides, find_root, run_stage, workspace_lock
 from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
 
@@ -66,7 +65,6 @@ def rlhf(
         stage_minutes: Minutes that one stage may take before it is ended; no limit if empty.
     """
     try:
-        prepare_environment()
         root = find_root()
         with workspace_lock(root):
             apply_overrides(overrides, root=root)

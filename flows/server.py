@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_core.errors import ResourceError
-from tasks.environment import prepare_environment
 
 START_SECONDS = 120.0
 ADDRESS_FILE = "server.json"
@@ -30,7 +30,6 @@ EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  (to be told from an address that o
 
 def prepare_prefect(root: Path) -> Path:
     """Set what Prefect reads when it is imported; returns its home in this workspace. Your own settings win."""
-    prepare_environment()
     home = Path(os.environ.setdefault("PREFECT_HOME", str(root / ".rlhf" / "prefect")))
     home.mkdir(parents=True, exist_ok=True)
     for who, run in (("STANDARD_FLOW", "flow"), ("STANDARD_TASK", "task")):  # time, stage, line
@@ -120,17 +119,18 @@ def _start(command: list[str], env: dict[str, str], address: str, home: Path) ->
             [sys.executable, "-m", *command], env={**os.environ, **env}, stdout=output, stderr=output,
             start_new_session=True,  # Ctrl-C in the terminal is for the flow run, which still has things to tell it
         )  # fmt: skip
-    atexit.register(_stop, process)
+    atexit.register(stop, process)
     return Wait(process, address, log)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def stop(process: "subprocess.Popen[bytes]", *, seconds: float = 5.0) -> None:
+    """End a process that leads a group of its own, and that group: servers start servers."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+    process.wait()
 
 
 class Wait:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rlhf_core.errors import ConfigError, MissingArtifact
 
-Fraction = Field(ge=0, lt=1)
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -32,12 +31,14 @@ class Prepare(Section):
     )
     demonstrations: tuple[str, ...] = Field(description="Files or hub:NAME@REVISION[:SPLIT] with prompt and response.")
     rankings: tuple[str, ...] = Field(description="Files or hub data sets with rankings, pairs or HH dialogues.")
-    prompts: tuple[str, ...] = Field(description="Files or hub data sets with prompts; those of the two above are added.")
+    prompts: tuple[str, ...] = Field(
+        description="Files or hub data sets with prompts; those of the two above are added."
+    )
     system: str = Field(description="System turn put before every prompt; empty for none, which saves its tokens.")
     on_bad_row: Literal["stop", "quarantine"] = Field(description="Stop at bad rows, or set them aside and count them.")
     max_prompt_tokens: int = Field(ge=8, description="A longer prompt, template included, is a bad row. Tokens.")
     max_response_tokens: int = Field(ge=4, description="A longer response is cut here when trained on. Tokens.")
-    validation_fraction: float = Fraction
+    validation_fraction: float = Field(ge=0, lt=1, description="Share of prompts that choose among epochs.")
     test_fraction: float = Field(gt=0, lt=1, description="Share of prompts that nothing is ever trained on.")
     gold_fraction: float = Field(gt=0, lt=1, description="Share whose rankings train the gold reward model only.")
 
@@ -112,7 +113,9 @@ class PPO(Training):
     whiten_rewards: bool = Field(description="Bring a batch's rewards to variance 1, keeping their mean.")
     score_clip: float = Field(gt=0, description="Normalised scores are clipped to ± this.")
     missing_eos_penalty: float = Field(ge=0, description="Taken off the score of a response that never stopped.")
-    early_stop_kl: float = Field(gt=0, description="End an update's epochs once approx-KL to the old policy passes this.")
+    early_stop_kl: float = Field(
+        gt=0, description="End an update's epochs once approx-KL to the old policy passes this."
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> "PPO":

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -116,7 +117,9 @@ def parse_ranking(row: Any) -> Ranking:
     if "responses" in fields:
         return _ranking(fields)
     if "chosen" not in fields or "rejected" not in fields:
-        raise _Bad("row", f"fields {', '.join(sorted(fields)) or 'none'}", "responses and ranks, or chosen and rejected")
+        raise _Bad(
+            "row", f"fields {', '.join(sorted(fields)) or 'none'}", "responses and ranks, or chosen and rejected"
+        )
     margin = fields.get("margin")
     if margin is not None and not _is_number(margin):
         raise _Bad("margin", repr(margin), "a number")
@@ -171,7 +174,9 @@ def _prompt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
         return (("user", value.strip()),)
     turns = value if isinstance(value, list) else None
     if not turns or not all(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and turn.get("role") in ("system", "user", "assistant")
+        isinstance(turn, dict)
+        and isinstance(turn.get("content"), str)
+        and turn.get("role") in ("system", "user", "assistant")
         for turn in turns
     ):
         raise _Bad("prompt", _shown(value), "a text that is not empty, or chat messages with role and content")
@@ -186,7 +191,7 @@ def _dialogue(field: str, text: str) -> tuple[tuple[Message, ...], str]:
     roles, turns = parts[0::2], [turn.strip() for turn in parts[1::2]]
     if lead.strip() or not roles or roles[0] != "Human" or roles[-1] != "Assistant":
         raise _Bad(field, _shown(text), "a dialogue from '\\n\\nHuman: ' to a last '\\n\\nAssistant: ' turn")
-    if any(left == right for left, right in zip(roles, roles[1:], strict=False)):
+    if any(left == right for left, right in pairwise(roles)):
         raise _Bad(field, "two turns in a row by one speaker", "turns by Human and Assistant that alternate")
     if not all(turns):
         raise _Bad(field, "an empty turn", "turns that are not empty")
@@ -288,9 +293,7 @@ def split_of(prompt: Sequence[Message], config: Prepare) -> str:
     return "train"
 
 
-def _check_length(
-    prompt: Sequence[Message], config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int
-) -> None:
+def _check_length(prompt: Sequence[Message], config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
     count = len(encode_prompt(tokenizer, prompt, config.system))
     limit = min(config.max_prompt_tokens, context - config.max_response_tokens)
     if count > limit:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
-from rlhf_core.models import REFERENCE, Roles
+from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
 from rlhf_core.reward import score_samples
 from rlhf_core.rollouts import sample
@@ -65,7 +65,9 @@ def evaluate_policies(
         prompts, demonstrations: the test split.
     """
     encoded = [encode_prompt(tokenizer, record.prompt, system) for record in prompts]
-    examples = encode_demonstrations(demonstrations, tokenizer, system=system, max_response_tokens=config.response_tokens)
+    examples = encode_demonstrations(
+        demonstrations, tokenizer, system=system, max_response_tokens=config.response_tokens
+    )
     players = {"base": (base, REFERENCE), "sft": (tuned, REFERENCE), "ppo": (tuned, "ppo")}
     total = len(POLICIES) * (config.samples_per_prompt + 1)
     sampled: dict[str, list[Response]] = {}
@@ -175,17 +177,18 @@ def _measure(
     ]
 
 
-def _logprobs(roles: Roles, role: str, answers: Sampled, temperature: float, *, size: int = 32) -> torch.Tensor:
-    ids_BS = torch.cat([answers.prompt_ids_BP, answers.ids_BT], 1)
-    mask_BS = torch.cat([answers.prompt_mask_BP, answers.mask_BT], 1)
-    parts = []
-    for rows in torch.arange(len(ids_BS)).split(size):
-        trunk = roles.trunk(ids_BS[rows], mask_BS[rows])
-        start = answers.prompt_ids_BP.shape[1]
-        ids_BT, mask_BT = answers.ids_BT[rows], answers.mask_BT[rows]
-        found, _ = roles.logprobs(trunk, role, ids_BT, mask_BT, start=start, temperature=temperature)
-        parts.append(found.cpu())
-    return torch.cat(parts)
+def _logprobs(roles: Roles, role: str, answers: Sampled, temperature: float, *, size: int = 16) -> torch.Tensor:
+    """(B, T) log-probs of the responses under a role, on the CPU."""
+    found_BT = torch.zeros(answers.mask_BT.shape)
+    responses = answers.responses()
+    # By length, so that little padding is computed.
+    order = sorted(range(len(responses)), key=lambda row: len(answers.prompts[row]) + len(responses[row]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
+        part, _ = roles.logprobs(roles.trunk(packed), role, packed.ids_BT, packed.mask_BT, temperature=temperature)
+        found_BT[rows, : part.shape[1]] = part.cpu()
+    return found_BT
 
 
 def _summary(responses: Sequence[Response]) -> dict[str, float]:

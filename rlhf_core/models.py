@@ -10,7 +10,7 @@ Models stay in eval mode for good: dropout in rollouts or updates alone would mo
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,18 @@ REFERENCE = "reference"
 # PEFT 0.21 asks transformers 5.23 by the old name; harmless, and not the user's to mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
+SCORED_ROWS = 8  # rows in one forward pass when responses are scored
 LOGIT_TOKENS = 512  # how many tokens' logits are made at once; V is about 50,000
+
+
+class Packed(NamedTuple):
+    """Prompts with their responses, padded on the right only, and where in them the responses stand."""
+
+    ids_BS: Tensor  # (B, S) long
+    mask_BS: Tensor  # (B, S) bool, True for tokens of prompt and response
+    predicts_BS: Tensor  # (B, S) bool, True where the next token is one of the response
+    ids_BT: Tensor  # (B, T) long, the responses alone
+    mask_BT: Tensor  # (B, T) bool, a prefix of each row
 
 
 class Trunk(NamedTuple):
@@ -39,12 +50,12 @@ class Trunk(NamedTuple):
 
     states: Tensor  # (B, S, D) float, or (B, S) long
     mask_BS: Tensor
+    predicts_BS: Tensor
 
     def rows(self, index: Tensor) -> "Trunk":
-        """The trunk of some of its rows, trimmed on the right to their longest."""
-        mask_BS = self.mask_BS[index]
-        stop = int(mask_BS.any(0).nonzero().max()) + 1
-        return Trunk(self.states[index, :stop], mask_BS[:, :stop])
+        """The trunk of some of its rows, trimmed to their longest."""
+        stop = int(self.mask_BS[index].sum(1).max())
+        return Trunk(*(part[index, :stop] for part in self))
 
 
 class Normaliser(NamedTuple):
@@ -153,7 +164,9 @@ class Roles(nn.Module):
         """The role's own parameters, head included, in a fixed order, with requires_grad set."""
         if role in self.full:
             # A body that only feeds a scalar head has no use for its language-model head, unless tied.
-            parameters = list(_body(self.full[role]).parameters() if role in self.heads else self.full[role].parameters())
+            parameters = list(
+                _body(self.full[role]).parameters() if role in self.heads else self.full[role].parameters()
+            )
         else:
             assert self.peft is not None
             parameters = [value for name, value in self.peft.named_parameters() if f".{role}." in name]
@@ -191,19 +204,14 @@ class Roles(nn.Module):
 
     # ---- forward
 
-    def trunk(self, ids_BS: Tensor, mask_BS: Tensor) -> Trunk:
-        """What all roles share of a batch. No gradient passes it.
-
-        Args:
-            ids_BS: (B, S) long.
-            mask_BS: (B, S) bool, True for real tokens, wherever padding stands; positions count them.
-        """
-        ids_BS, mask_BS, depth = ids_BS.to(self.device), mask_BS.to(self.device), self.depth
-        if depth == 0:
-            return Trunk(ids_BS, mask_BS)
+    def trunk(self, packed: Packed) -> Trunk:
+        """What all roles share of a batch. No gradient passes it."""
+        ids_BS, mask_BS, predicts_BS = (part.to(self.device) for part in packed[:3])
+        if self.depth == 0:
+            return Trunk(ids_BS, mask_BS, predicts_BS)
         with torch.no_grad():
-            lower = self._view(self.model, slice(0, depth))
-            return Trunk(_run(lower, mask_BS, input_ids=ids_BS), mask_BS)
+            lower = self._view(self.model, slice(0, self.depth))
+            return Trunk(_run(lower, mask_BS, input_ids=ids_BS), mask_BS, predicts_BS)
 
     def hidden(self, trunk: Trunk, role: str) -> Tensor:
         """(B, S, D) last hidden states of a role, final norm included."""
@@ -213,28 +221,19 @@ class Roles(nn.Module):
         return _run(self._view(body, slice(self.depth, self.layers)), trunk.mask_BS, inputs_embeds=trunk.states)
 
     def logprobs(
-        self,
-        trunk: Trunk,
-        role: str,
-        ids_BT: Tensor,
-        mask_BT: Tensor,
-        *,
-        start: int,
-        temperature: float,
-        entropy: bool = False,
+        self, trunk: Trunk, role: str, ids_BT: Tensor, mask_BT: Tensor, *, temperature: float, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Float32 log-probabilities of the tokens that begin at position `start`, and the entropy where asked.
+        """Float32 log-probabilities of the responses' tokens, and the entropies where asked.
 
         Args:
-            ids_BT: (B, T) the tokens at positions start … start + T − 1 of the batch that made the trunk.
-            mask_BT: (B, T) bool, True where a log-prob is wanted.
+            ids_BT, mask_BT: (B, T) the responses of the batch that made the trunk, and where they have tokens.
 
         Returns:
             (B, T) log-probs in nats, (B, T) entropies in nats or None; 0 where the mask is False.
         """
         ids_BT, mask_BT = ids_BT.to(self.device), mask_BT.to(self.device)
-        hidden_BTD = self.hidden(trunk, role)[:, start - 1 : start - 1 + ids_BT.shape[1]]
-        hidden_ND, ids_N = hidden_BTD[mask_BT], ids_BT[mask_BT]
+        # Both masks name the same tokens row by row, so their True entries pair up in order.
+        hidden_ND, ids_N = self.hidden(trunk, role)[trunk.predicts_BS], ids_BT[mask_BT]
         head = self._model_of(role).get_output_embeddings()
         found, spread = [], []
         # Logits only where they are needed and some tokens at a time: (B, S, V) is never held.
@@ -244,22 +243,32 @@ class Roles(nn.Module):
             if entropy:
                 with torch.no_grad():
                     spread.append(token_entropy(logits_1NV, temperature=temperature)[0])
-        logprobs_N = torch.cat(found)
-        logprobs_BT = logprobs_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, logprobs_N)
-        if not entropy:
-            return logprobs_BT, None
-        return logprobs_BT, torch.zeros_like(logprobs_BT).masked_scatter(mask_BT, torch.cat(spread))
+        logprobs_BT = _spread(torch.cat(found), mask_BT)
+        return logprobs_BT, _spread(torch.cat(spread), mask_BT) if entropy else None
 
-    def values(self, trunk: Trunk, role: str, *, start: int, length: int) -> Tensor:
-        """(B, T) raw outputs of the role's scalar head before each token from position `start` on is emitted."""
-        hidden_BTD = self.hidden(trunk, role)[:, start - 1 : start - 1 + length]
-        return self.heads[role](hidden_BTD).squeeze(-1).float()
+    def values(self, trunk: Trunk, role: str, mask_BT: Tensor) -> Tensor:
+        """(B, T) raw outputs of the role's scalar head before each response token is emitted; 0 under a False mask."""
+        hidden_ND = self.hidden(trunk, role)[trunk.predicts_BS]
+        return _spread(self.heads[role](hidden_ND).squeeze(-1).float(), mask_BT.to(self.device))
+
+    def score_rows(self, rows: Sequence[Sequence[int]], role: str, pad_id: int, *, size: int = SCORED_ROWS) -> Tensor:
+        """(N,) raw outputs of the role's scalar head at the end of each row of ids, in the order given.
+
+        Rows of like length are computed together, so that little padding is; gradients flow as usual.
+        """
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        parts = []
+        for start in range(0, len(order), size):
+            packed = pack([rows[row] for row in order[start : start + size]], None, pad_id)
+            parts.append(self.scores(self.trunk(packed), role))
+        place = torch.empty(len(order), dtype=torch.long)
+        place[torch.tensor(order)] = torch.arange(len(order))
+        return torch.cat(parts)[place.to(self.device)]
 
     def scores(self, trunk: Trunk, role: str) -> Tensor:
         """(B,) raw outputs of the role's scalar head at each row's last kept token."""
         hidden_BSD = self.hidden(trunk, role)
-        positions = torch.arange(trunk.mask_BS.shape[1], device=hidden_BSD.device)
-        last_B = (trunk.mask_BS * positions).argmax(1)
+        last_B = trunk.mask_BS.sum(1) - 1
         return self.heads[role](hidden_BSD[torch.arange(len(last_B)), last_B]).squeeze(-1).float()
 
     def language_model(self, role: str) -> Any:
@@ -307,7 +316,7 @@ class Roles(nn.Module):
         return depth if same else 0
 
     def _model_of(self, role: str) -> Any:
-        return self.full[role] if role in self.full else self.model
+        return dict(self.full.items()).get(role, self.model)
 
     def _bare(self) -> Any:
         """A copy's source: the model without adapters."""
@@ -319,7 +328,7 @@ class Roles(nn.Module):
             return self._model_of(role)
         on = role != REFERENCE
         for module in self.peft.base_model.modules():
-            # As PEFT's set_adapter and disable_adapters do, less their changes of requires_grad: here optimisers own it.
+            # As PEFT's set_adapter and disable_adapters do, but requires_grad stays as the optimisers want it.
             if hasattr(module, "_disable_adapters") and hasattr(module, "_active_adapter"):
                 module._disable_adapters = not on
                 if on:
@@ -390,17 +399,30 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def batches(count: int, size: int) -> Iterator[Tensor]:
-    """Row numbers 0 … count − 1 in pieces of `size`."""
-    yield from torch.arange(count).split(size)
+def _spread(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Values in row-major order put where the mask is True, 0 elsewhere; gradients pass."""
+    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
+
+
+def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]] | None, pad_id: int) -> Packed:
+    """Prompts and responses as one right-padded batch; without responses, every row is a prompt alone.
+
+    Right-padded, so that rows of like length can share a batch without carrying another row's prompt as padding.
+    """
+    answers = responses if responses is not None else [[] for _ in prompts]
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids_BS, mask_BS = pad_right(rows, pad_id)
+    ids_BT, mask_BT = pad_right(answers, pad_id)
+    positions_S = torch.arange(ids_BS.shape[1])
+    first_B1 = torch.tensor([[len(prompt) - 1] for prompt in prompts])
+    last_B1 = torch.tensor([[len(row) - 2] for row in rows])
+    predicts_BS = (positions_S >= first_B1) & (positions_S <= last_B1)
+    return Packed(ids_BS, mask_BS, predicts_BS, ids_BT, mask_BT)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(B, S) ids and their mask from rows of uneven length, padding on the right."""
     width = max(len(row) for row in rows)
-    ids_BS = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask_BS = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids_BS[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask_BS[index, : len(row)] = True
-    return ids_BS, mask_BS
+    ids_BS = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.long)
+    lengths_B = torch.tensor([len(row) for row in rows])
+    return ids_BS.reshape(len(rows), width), torch.arange(width) < lengths_B[:, None]

@@ -1,4 +1,4 @@
-"""What every loop needs around its optimiser step: AdamW, a rate that warms up and decays, a gradient that is clipped."""
+"""What every loop needs around its optimiser step: AdamW, a rate that warms up and decays, a clipped gradient."""
 
 import math
 from collections.abc import Sequence

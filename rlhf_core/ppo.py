@@ -26,7 +26,7 @@ from rlhf_core.functional import (
     value_loss,
     whiten,
 )
-from rlhf_core.models import REFERENCE, Roles
+from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Rollouts, Sampled
 from rlhf_core.rollouts import sample
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
 
 def add_roles(roles: Roles, reward_folder: str, *, method: str) -> None:
-    """Give the SFT model the roles that PPO needs: a fresh policy, a frozen reward model, a value model begun from it."""
+    """Give the SFT model PPO's roles: a fresh policy, a frozen reward model, and a value model begun from that."""
     roles.add(POLICY, method=method)
     roles.add(REWARD, head=True, start=reward_folder)
     roles.add(VALUE, head=True, start=reward_folder)
@@ -80,9 +80,7 @@ def train_ppo(
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     policy_parameters, value_parameters = roles.trainable(POLICY), roles.trainable(VALUE)
-    policy_optimiser = adamw(
-        policy_parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-    )
+    policy_optimiser = adamw(policy_parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     value_optimiser = adamw(
         value_parameters, learning_rate=config.value_learning_rate, weight_decay=config.weight_decay
     )
@@ -108,9 +106,7 @@ def train_ppo(
             generator=generator,
         )
         rollouts, metrics, scores_B = measure_rollouts(roles, sampled, config, kl_coef=controller.coef)
-        factor = rate_factor(
-            update - 1, steps=config.updates, warmup=config.warmup_updates, schedule=config.schedule
-        )
+        factor = rate_factor(update - 1, steps=config.updates, warmup=config.warmup_updates, schedule=config.schedule)
         set_rate(policy_optimiser, config.learning_rate * factor)
         set_rate(value_optimiser, config.value_learning_rate * factor)
         learn_policy = update > config.value_warmup_updates
@@ -121,7 +117,9 @@ def train_ppo(
                 minibatch = rollouts.rows(index)
                 token_count = int(minibatch.mask_BT.sum())
                 step: dict[str, float] = {}
-                for micro in torch.arange(len(index)).split(config.micro_batch_size):
+                # Rows of like length are computed together; what the minibatch holds stays random.
+                by_length = minibatch.trunk.mask_BS.sum(1).argsort(stable=True)
+                for micro in by_length.split(config.micro_batch_size):
                     part = minibatch.rows(micro)
                     for name, value in losses(roles, part, config, token_count, learn_policy=learn_policy).items():
                         step[name] = step.get(name, 0.0) + value
@@ -141,7 +139,7 @@ def train_ppo(
             if stopped:
                 break
         controller.update(metrics["ppo/kl"], config.rollouts)
-        tokens = int(sampled.prompt_mask_BP.sum() + sampled.mask_BT.sum())
+        tokens = sum(map(len, sampled.prompts)) + int(sampled.mask_BT.sum())
         all_tokens += tokens
         metrics |= {name: _mean([step[name] for step in learned]) for name in (learned[0] if learned else {})}
         metrics |= {
@@ -168,17 +166,25 @@ def train_ppo(
 @torch.no_grad()
 def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: float) -> Measured:
     """Everything about the sampled responses that stays fixed while the update learns from them."""
-    start = sampled.prompt_ids_BP.shape[1]
-    ids_BS = torch.cat([sampled.prompt_ids_BP, sampled.ids_BT], 1).to(roles.device)
-    mask_BS = torch.cat([sampled.prompt_mask_BP, sampled.mask_BT], 1).to(roles.device)
-    ids_BT, mask_BT = ids_BS[:, start:], mask_BS[:, start:]
-    trunk = roles.trunk(ids_BS, mask_BS)
-    options = {"start": start, "temperature": config.temperature}
-    logprobs_BT, entropy_BT = roles.logprobs(trunk, POLICY, ids_BT, mask_BT, entropy=True, **options)
-    ref_logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, ids_BT, mask_BT, **options)
-    values_BT = roles.values(trunk, VALUE, start=start, length=ids_BT.shape[1])
+    packed = pack(sampled.prompts, sampled.responses(), 0)
+    ids_BT, mask_BT = packed.ids_BT.to(roles.device), packed.mask_BT.to(roles.device)
+    trunk = roles.trunk(packed)
+    # In pieces of like length, as learning will see them: little padding, and the same rounding.
+    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT = (
+        torch.zeros_like(mask_BT, dtype=torch.float) for _ in range(4)
+    )
+    raw_scores_B = torch.zeros(len(mask_BT), device=roles.device)
+    for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
+        part, length = trunk.rows(rows), int(mask_BT[rows].sum(1).max())
+        answer = (ids_BT[rows, :length], mask_BT[rows, :length])
+        found, spread = roles.logprobs(part, POLICY, *answer, temperature=config.temperature, entropy=True)
+        assert spread is not None
+        logprobs_BT[rows, :length], entropy_BT[rows, :length] = found, spread
+        ref_logprobs_BT[rows, :length], _ = roles.logprobs(part, REFERENCE, *answer, temperature=config.temperature)
+        values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
+        raw_scores_B[rows] = roles.scores(part, REWARD)
     mean, std, _ = roles.normalisers[REWARD]
-    scores_B = ((roles.scores(trunk, REWARD) - mean) / std).clamp(-config.score_clip, config.score_clip)
+    scores_B = ((raw_scores_B - mean) / std).clamp(-config.score_clip, config.score_clip)
     penalised_B = scores_B - config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
     rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=kl_coef)
     if config.whiten_rewards:
@@ -188,7 +194,6 @@ def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: fl
         advantages_BT = whiten(advantages_BT, mask_BT)
     k1_BT = kl_estimate(logprobs_BT, ref_logprobs_BT, estimator="k1").masked_fill(~mask_BT, 0)
     unexplained = masked_var(returns_BT - values_BT, mask_BT) / masked_var(returns_BT, mask_BT).clamp(min=1e-8)
-    assert entropy_BT is not None
     metrics = {
         "ppo/reward": rewards_BT.masked_fill(~mask_BT, 0).sum(1).mean(),
         "ppo/score": scores_B.mean(),
@@ -199,9 +204,7 @@ def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: fl
         "ppo/entropy": masked_mean(entropy_BT, mask_BT),
         "ppo/explained_variance": 1 - unexplained,
     }
-    rollouts = Rollouts(
-        start, trunk, ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT
-    )
+    rollouts = Rollouts(trunk, ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT)
     numbers = {name: float(value) for name, value in metrics.items()}
     return Measured(rollouts, {**numbers, "ppo/kl_coef": kl_coef}, scores_B)
 
@@ -217,9 +220,7 @@ def losses(
     share = int(part.mask_BT.sum()) / token_count
     found = {}
     if learn_policy:
-        logprobs_BT, _ = roles.logprobs(
-            part.trunk, POLICY, part.ids_BT, part.mask_BT, start=part.start, temperature=config.temperature
-        )
+        logprobs_BT, _ = roles.logprobs(part.trunk, POLICY, part.ids_BT, part.mask_BT, temperature=config.temperature)
         policy = policy_loss(
             logprobs_BT,
             part.old_logprobs_BT,
@@ -235,7 +236,7 @@ def losses(
             "ppo/approx_kl": policy.approx_kl.item() * share,
             "ppo/ratio": policy.ratio_mean.item() * share,
         }
-    values_BT = roles.values(part.trunk, VALUE, start=part.start, length=part.ids_BT.shape[1])
+    values_BT = roles.values(part.trunk, VALUE, part.mask_BT)
     value = value_loss(
         values_BT,
         part.old_values_BT,
@@ -261,17 +262,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _rows(
-    sampled: Sampled, scores_B: Tensor, tokenizer: PreTrainedTokenizerBase, update: int
-) -> list[dict[str, Any]]:
+def _rows(sampled: Sampled, scores_B: Tensor, tokenizer: PreTrainedTokenizerBase, update: int) -> list[dict[str, Any]]:
     """The first few responses of an update as text."""
     rows = []
     for row in range(min(SHOWN_SAMPLES, len(scores_B))):
-        prompt = sampled.prompt_ids_BP[row][sampled.prompt_mask_BP[row]]
         rows.append(
             {
                 "update": update,
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "prompt": tokenizer.decode(sampled.prompts[row], skip_special_tokens=True),
                 "response": tokenizer.decode(sampled.ids_BT[row][sampled.mask_BT[row]], skip_special_tokens=True),
                 "score": round(float(scores_B[row]), 4),
                 "stopped": bool(sampled.stopped_B[row]),

@@ -38,17 +38,19 @@ class Prompt(NamedTuple):
 class Sampled(NamedTuple):
     """Responses sampled for a batch of prompts."""
 
-    prompt_ids_BP: Tensor  # (B, P) long, left-padded
-    prompt_mask_BP: Tensor  # (B, P) bool
+    prompts: list[list[int]]  # B rows of token ids
     ids_BT: Tensor  # (B, T) long; the stop token is kept, what follows is PAD
     mask_BT: Tensor  # (B, T) bool, a prefix of each row
     stopped_B: Tensor  # (B,) bool, True where a stop token came
+
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response, by its mask: a PAD that was sampled is a token like any other."""
+        return [ids_T[mask_T].tolist() for ids_T, mask_T in zip(self.ids_BT, self.mask_BT, strict=True)]
 
 
 class Rollouts(NamedTuple):
     """A rollout batch with all that learning needs; no gradient hangs on it."""
 
-    start: int  # position of the first response token, the same for all rows
     trunk: Any  # models.Trunk of prompt and response
     ids_BT: Tensor
     mask_BT: Tensor
@@ -60,6 +62,5 @@ class Rollouts(NamedTuple):
 
     def rows(self, index: Tensor) -> "Rollouts":
         """Some of the rows, trimmed to the longest response among them."""
-        trunk = self.trunk.rows(index)
-        length = trunk.mask_BS.shape[1] - self.start
-        return Rollouts(self.start, trunk, *(part[index, :length] for part in self[2:]))
+        length = int(self.mask_BT[index].sum(1).max())
+        return Rollouts(self.trunk.rows(index), *(part[index, :length] for part in self[1:]))

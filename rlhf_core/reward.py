@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
 from rlhf_core.functional import ranking_loss
-from rlhf_core.models import REFERENCE, Roles, pad_right
+from rlhf_core.models import REFERENCE, Roles
 from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Ranking, Sampled
 from rlhf_core.rollouts import sample
@@ -56,17 +56,20 @@ def encode_rankings(
     for record in rankings:
         prompt = encode_prompt(tokenizer, record.prompt, system)
         responses = [encode_response(tokenizer, text, limit=max_response_tokens) for text in record.responses]
-        encoded.append(EncodedRanking([prompt + ids for ids in responses], record.ranks, [len(ids) for ids in responses]))
+        encoded.append(
+            EncodedRanking([prompt + ids for ids in responses], record.ranks, [len(ids) for ids in responses])
+        )
     return encoded
 
 
-def score_rankings(roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def score_rankings(
+    roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(B, K) raw scores, ranks and the mask of real responses, K being the most that any ranking has."""
     width = max(len(ranking.ids) for ranking in rankings)
     mask_BK = torch.tensor([[k < len(ranking.ids) for k in range(width)] for ranking in rankings])
     ranks_BK = torch.tensor([[*ranking.ranks, *[0] * (width - len(ranking.ranks))] for ranking in rankings])
-    ids_BS, tokens_BS = pad_right([ids for ranking in rankings for ids in ranking.ids], pad_id)
-    scores = roles.scores(roles.trunk(ids_BS, tokens_BS), role)
+    scores = roles.score_rows([ids for ranking in rankings for ids in ranking.ids], role, pad_id)
     scores_BK = torch.zeros(mask_BK.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask_BK, scores)
     return scores_BK, ranks_BK, mask_BK
 
@@ -79,7 +82,9 @@ def centering(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def judge_rankings(roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int, *, size: int = 8) -> Judged:
+def judge_rankings(
+    roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int, *, size: int = 16
+) -> Judged:
     """The margins of all pairs that are not ties."""
     margins, differences = [], []
     for start in range(0, len(rankings), size):
@@ -157,7 +162,7 @@ def train_reward(
             tracker.metrics(
                 {
                     f"{prefix}/loss": loss,
-                    f"{prefix}/accuracy": right_share,
+                    f"{prefix}/batch_accuracy": right_share,
                     f"{prefix}/grad_norm": norm,
                     f"{prefix}/learning_rate": rate,
                 },
@@ -231,12 +236,10 @@ def temperature_of(judged: Judged) -> float:
 
 
 @torch.no_grad()
-def score_samples(roles: Roles, role: str, sampled: Sampled, *, size: int = 32) -> Tensor:
+def score_samples(roles: Roles, role: str, sampled: Sampled) -> Tensor:
     """(B,) raw scores of sampled responses at their last kept token."""
-    ids_BS = torch.cat([sampled.prompt_ids_BP, sampled.ids_BT], 1)
-    mask_BS = torch.cat([sampled.prompt_mask_BP, sampled.mask_BT], 1)
-    parts = [roles.scores(roles.trunk(ids_BS[i], mask_BS[i]), role) for i in torch.arange(len(ids_BS)).split(size)]
-    return torch.cat(parts)
+    rows = [prompt + response for prompt, response in zip(sampled.prompts, sampled.responses(), strict=True)]
+    return roles.score_rows(rows, role, pad_id=0)
 
 
 def normalise_on_samples(

@@ -92,7 +92,7 @@ def sample(
             cache.batch_select_indices(keep.to(device))
             ids, mask, live_L = ids[keep], mask[keep], live_L[keep]
     length = int(kept_BT.sum(1).max())
-    return Sampled(prompt_ids_BP, prompt_mask_BP, out_BT[:, :length], kept_BT[:, :length], stopped_B)
+    return Sampled([list(row) for row in prompts], out_BT[:, :length], kept_BT[:, :length], stopped_B)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:

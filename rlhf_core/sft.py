@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import SFT
 from rlhf_core.data import encode_prompt, encode_response
-from rlhf_core.models import Roles, Trunk, pad_right
+from rlhf_core.models import Roles, pack
 from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Demonstration
 from rlhf_core.tracking import Tracker
@@ -17,43 +18,47 @@ from rlhf_core.tracking import Tracker
 POLICY = "policy"
 
 
-class Example(NamedTuple):
-    """Ids of prompt and response, and how many of them are the prompt's."""
+@dataclass(frozen=True)
+class Example:
+    """Ids of a prompt and its response."""
 
-    ids: list[int]
-    prompt_length: int
+    prompt: list[int]
+    response: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
 
 
 def encode_demonstrations(
-    demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, *, system: str, max_response_tokens: int
+    demonstrations: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str,
+    max_response_tokens: int,
 ) -> list[Example]:
     """Demonstrations as ids; a response longer than the limit is cut, and then has no end-of-turn token."""
     examples = []
     for record in demonstrations:
         prompt = encode_prompt(tokenizer, record.prompt, system)
         response = encode_response(tokenizer, record.response, limit=max_response_tokens)
-        examples.append(Example(prompt + response, len(prompt)))
+        examples.append(Example(prompt, response))
     return examples
 
 
-def response_logprobs(roles: Roles, role: str, examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S − 1) log-probs of each next token, and the mask that is True where it belongs to a response."""
-    ids_BS, mask_BS = pad_right([example.ids for example in examples], pad_id)
-    # Only positions from the batch's shortest prompt on are in any response: the head skips the rest.
-    start = min(example.prompt_length for example in examples)
-    positions_S = torch.arange(ids_BS.shape[1])
-    prompt_B = torch.tensor([example.prompt_length for example in examples])
-    response_BT = (mask_BS & (positions_S >= prompt_B[:, None]))[:, start:]
-    trunk: Trunk = roles.trunk(ids_BS, mask_BS)
-    logprobs_BT, _ = roles.logprobs(trunk, role, ids_BS[:, start:], response_BT, start=start, temperature=1.0)
-    return logprobs_BT, response_BT.to(logprobs_BT.device)
+def response_logprobs(
+    roles: Roles, role: str, examples: Sequence[Example], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) log-probs of each response token in nats, and the mask that is True where there is one."""
+    packed = pack([example.prompt for example in examples], [example.response for example in examples], pad_id)
+    logprobs_BT, _ = roles.logprobs(roles.trunk(packed), role, packed.ids_BT, packed.mask_BT, temperature=1.0)
+    return logprobs_BT, packed.mask_BT.to(logprobs_BT.device)
 
 
 @torch.no_grad()
 def perplexity(roles: Roles, role: str, examples: Sequence[Example], pad_id: int, *, batch_size: int = 16) -> float:
     """exp of the mean negative log-likelihood a response token, every token weighing the same."""
     total, count = 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example.ids))
+    ordered = sorted(examples, key=len)
     for start in range(0, len(ordered), batch_size):
         logprobs_BT, mask_BT = response_logprobs(roles, role, ordered[start : start + batch_size], pad_id)
         total -= logprobs_BT[mask_BT].double().sum().item()
@@ -86,10 +91,10 @@ def train_sft(
         epoch_loss = epoch_tokens = 0.0
         for index in torch.randperm(len(train), generator=order).split(config.batch_size):
             # Sorted by length, a batch's pieces carry little padding; what the batch holds stays random.
-            batch = sorted((train[row] for row in index.tolist()), key=lambda example: len(example.ids))
+            batch = sorted((train[row] for row in index.tolist()), key=len)
             rate = config.learning_rate * rate_factor(step, steps=steps, warmup=warmup, schedule=config.schedule)
             set_rate(optimiser, rate)
-            token_count = sum(len(example.ids) - example.prompt_length for example in batch)
+            token_count = sum(len(example.response) for example in batch)
             loss = 0.0
             for start in range(0, len(batch), config.micro_batch_size):
                 logprobs_BT, mask_BT = response_logprobs(
@@ -102,7 +107,7 @@ def train_sft(
             step += 1
             epoch_loss += loss * token_count
             epoch_tokens += token_count
-            batch_tokens = sum(len(example.ids) for example in batch)
+            batch_tokens = sum(map(len, batch))
             seen_tokens += batch_tokens
             tracker.metrics({"sft/loss": loss, "sft/grad_norm": norm, "sft/learning_rate": rate}, step=step)
             tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=f"loss {loss:.3f}")

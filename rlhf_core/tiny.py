@@ -1,6 +1,6 @@
 """A random two-layer model with a tokenizer trained on the starter prompts: for tests and for a first look.
 
-    python -m rlhf_core.tiny FOLDER
+python -m rlhf_core.tiny FOLDER
 """
 
 import json

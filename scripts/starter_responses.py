@@ -12,6 +12,7 @@ import random
 import re
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,9 +30,9 @@ SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s|$)")
 
 def main(base: str, prompts_file: str, out_file: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    prompts = [json.loads(line)["prompt"] for line in open(prompts_file, encoding="utf-8")]
+    prompts = [json.loads(line)["prompt"] for line in Path(prompts_file).read_text(encoding="utf-8").splitlines()]
     draw = random.Random(20261124)
     torch.manual_seed(20261124)
     jobs = defaultdict(list)  # (temperature, limit) -> the rows that one batch can hold

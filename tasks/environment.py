@@ -22,6 +22,7 @@ _DEFAULTS = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on a GPU ask for
     "GIT_PYTHON_REFRESH": "quiet",  # MLflow warns where git is missing
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",  # a `hub:` source that is not in the local cache needs HF_HUB_OFFLINE=0
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the tracker retries by itself, without holding a request open
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 processes and 0.5 GB in place of 10 and 2.4 GB
@@ -31,17 +32,11 @@ _DEFAULTS = {
 }
 
 
-def prepare_environment(*, hub: bool = False) -> None:
-    """Set the switches in this process and for its children; repeating it changes nothing.
-
-    Args:
-        hub: a source in params.yaml is `hub:…`, so the Hugging Face hub may be reached.
-    """
+def prepare_environment() -> None:
+    """Set the switches in this process and for its children; repeating it changes nothing."""
     os.environ.update(_NO_TELEMETRY)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if not hub:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     scripts = str(Path(sys.executable).parent)  # not resolved: in a virtual environment python is a link
     entries = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if entries[0] != scripts:

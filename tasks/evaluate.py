@@ -76,7 +76,9 @@ def _answer_rows(evaluation: Evaluation, prompts: list[Prompt]) -> list[dict[str
 
 
 def _report(evaluation: Evaluation, prompts: list[Prompt], params: dict[str, Any]) -> ReportData:
-    stages = {stage: json.loads(Path(f"metrics/{stage}.json").read_text()) for stage in ("prepare", "sft", "reward", "ppo")}
+    stages = {
+        stage: json.loads(Path(f"metrics/{stage}.json").read_text()) for stage in ("prepare", "sft", "reward", "ppo")
+    }
     curves = {stage: read_csv(Path(f"plots/{stage}.csv")) for stage in ("sft", "reward", "ppo")}
     bins = [row for row in read_csv(Path("plots/calibration.csv")) if row["model"] == "reward"]
     metrics = evaluation.metrics

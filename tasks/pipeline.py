@@ -91,6 +91,8 @@ def run_stage(
     """
     root = root or find_root()
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), stage]
+    metrics = root / "metrics" / f"{stage}.json"
+    last_metrics = metrics.read_bytes() if metrics.is_file() else None
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
         exit_code, lines = _stream(command, cwd=root, env=_child_environment(env), on_line=on_line)
@@ -100,6 +102,7 @@ def run_stage(
         if "is being blocked by:" in text:
             raise ResourceError(_blocked_message(stage, text))
         if "Unable to acquire lock" not in text:
+            _put_back(stage, root, metrics, last_metrics)
             raise _stage_error(stage, exit_code, lines)
         holder = _lock_holder(root)
         if time.monotonic() > deadline:
@@ -108,6 +111,15 @@ def run_stage(
                 f"Wait until that command ends, or end it, then run `rlhf run` again."
             )
         on_line(f"DVC's lock is held by {holder}; trying again")
+
+
+def _put_back(stage: str, root: Path, metrics: Path, last_metrics: bytes | None) -> None:
+    """Give the workspace back what the stage's last good run wrote: DVC removes it before it starts a new one."""
+    command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", stage]
+    subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, check=False)
+    if last_metrics is not None and not metrics.is_file():  # not in DVC's cache, since git keeps it
+        metrics.parent.mkdir(exist_ok=True)
+        metrics.write_bytes(last_metrics)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ import psutil
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import MissingArtifact, ResourceError, RLHFError
 from rlhf_core.tracking import NullTracker, Tracker
-from tasks.environment import prepare_environment, project_root, state_folder, workspace_root
+from tasks.environment import project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
 from tasks.tracking import MLflowTracker, Parent
 
@@ -195,13 +195,14 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
 
 def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageRun]:
     params = load_params()
-    sources = (params.prepare.base, *params.prepare.demonstrations, *params.prepare.rankings, *params.prepare.prompts)
-    prepare_environment(hub=any(source.startswith("hub:") for source in sources))
     check_disk()
     for dep in deps:
         _must_exist(Path(dep))
     if torch:
         make_deterministic()
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a stage has one progress line, its own
     main = int(os.environ.get("RANK", "0")) == 0
     workspace, entry = _lineage(stage)
     run_key = entry.run_key if entry else ""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from rlhf_core.errors import ResourceError
-from tasks.environment import prepare_environment, state_folder
+from tasks.environment import state_folder
 from tasks.lineage import find_revision, git_state, metric_name, project_state
 from tasks.progress import ProgressLine
 
@@ -93,7 +93,6 @@ def connect(uri: str | None = None) -> "MlflowClient":
     Raises:
         ResourceError: the address of a server is not reachable at all.
     """
-    prepare_environment()
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "urllib3"):

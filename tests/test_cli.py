@@ -1,9 +1,9 @@
 """The console script: it answers at once, teaches, and turns every mistake into one message."""
 
+import resource
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,12 @@ def test_help_is_quick_and_loads_no_tool() -> None:
         "import sys, flows.cli\n"
         "print({'prefect', 'mlflow', 'torch', 'transformers', 'dvc'} & {name.split('.')[0] for name in sys.modules})"
     )
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-    assert time.perf_counter() - began < 1.5
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # a busy machine is not our slowness
+    assert worked < 1.5
 
 
 @pytest.mark.parametrize("command", ["run", "stage", "ui", "prefect-ui", "serve", "compare", "chat", "sync"])

@@ -208,3 +208,14 @@ def wait_for(path: Path, seconds: float = 20) -> None:
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < deadline, f"{path} did not appear"
         pause.wait(0.05)
+
+
+def test_a_failed_stage_gets_its_last_good_outputs_and_metrics_back(toy: Path) -> None:
+    run_stage("prepare")
+    (toy / "metrics").mkdir(exist_ok=True)
+    (toy / "metrics/prepare.json").write_text("{}")
+    (toy / "behaviour/prepare").write_text("fail")
+    with pytest.raises(StageFailed):
+        run_stage("prepare", force=True)
+    assert (toy / "artifacts/prepare/out.txt").read_text() == "prepare"
+    assert (toy / "metrics/prepare.json").read_text() == "{}"

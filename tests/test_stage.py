@@ -237,8 +237,6 @@ def test_every_switch_is_set_and_a_persons_choices_stand(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "environ", os.environ.copy())
     os.environ.update({"DO_NOT_TRACK": "0", "MPLBACKEND": "svg", "PATH": "/usr/bin"})
     os.environ.pop("HF_HUB_OFFLINE", None)
-    prepare_environment(hub=True)
-    assert "HF_HUB_OFFLINE" not in os.environ
     prepare_environment()
     prepare_environment()
     assert os.environ["DO_NOT_TRACK"] == "true"

@@ -1,0 +1,222 @@
+"""params.yaml is checked when it is loaded: each mistake is named with its key as typed."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from rlhf_core.config import PPO, SFT, Evaluate, Params, Prepare, Reward, check_params, load_params
+from rlhf_core.errors import ConfigError, MissingArtifact
+
+PROJECT = Path(__file__).resolve().parents[1]
+SECTIONS = {"prepare": Prepare, "sft": SFT, "reward": Reward, "ppo": PPO, "evaluate": Evaluate}
+KEYS = [(name, key) for name, kind in SECTIONS.items() for key in kind.model_fields]
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    """The project's own values, to be spoilt."""
+    return yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def changed(raw: dict[str, Any], name: str, **values: Any) -> dict[str, Any]:
+    return {**raw, name: {**raw[name], **values}}
+
+
+def test_the_projects_own_values_are_valid_and_complete(raw: dict[str, Any]) -> None:
+    params = load_params(PROJECT / "params.yaml")
+    assert params == check_params(raw)
+    assert {name: set(raw[name]) for name in SECTIONS} == {
+        name: set(kind.model_fields) for name, kind in SECTIONS.items()
+    }
+    assert set(Params.model_fields) == {"launcher", *SECTIONS}
+
+
+@pytest.mark.parametrize(
+    ("section", "typed", "nearest"),
+    [
+        ("ppo", "kl_coeff", "ppo.kl_coef"),
+        ("ppo", "lambda", "ppo.lam"),
+        ("sft", "learning_rat", "sft.learning_rate"),
+        ("reward", "centre_coef", "reward.center_coef"),
+        ("prepare", "on_bad_rows", "prepare.on_bad_row"),
+        ("evaluate", "bootstrap", "evaluate.bootstrap_samples"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(raw: dict[str, Any], section: str, typed: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_params(changed(raw, section, **{typed: 1}))
+    assert str(error.value) == f"params.yaml: unknown key {section}.{typed}; did you mean {nearest}?"
+
+
+def test_an_unknown_section_names_the_nearest(raw: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key rewards; did you mean reward\?"):
+        check_params({**raw, "rewards": {}})
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS)
+def test_a_missing_key_is_named(raw: dict[str, Any], section: str, key: str) -> None:
+    spoilt = copy.deepcopy(raw)
+    del spoilt[section][key]
+    with pytest.raises(ConfigError, match=rf"^params.yaml: {section}\.{key} is missing; every key has its value"):
+        check_params(spoilt)
+
+
+@pytest.mark.parametrize("section", [*SECTIONS, "launcher"])
+def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
+    del raw[section]
+    with pytest.raises(ConfigError, match=f"^params.yaml: {section} is missing"):
+        check_params(raw)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("prepare", "base", "smollm2"),
+        ("prepare", "base", "hub:"),
+        ("prepare", "on_bad_row", "skip"),
+        ("prepare", "max_prompt_tokens", 7),
+        ("prepare", "max_response_tokens", 3),
+        ("prepare", "validation_fraction", -0.1),
+        ("prepare", "validation_fraction", 1.0),
+        ("prepare", "test_fraction", 0),
+        ("prepare", "test_fraction", 1),
+        ("prepare", "gold_fraction", 0),
+        ("prepare", "gold_fraction", 1),
+        ("sft", "seed", -1),
+        ("sft", "method", "qlora"),
+        ("sft", "lora_rank", 0),
+        ("sft", "lora_alpha", 0),
+        ("sft", "lora_layers", -1),
+        ("sft", "micro_batch_size", 0),
+        ("sft", "batch_size", 0),
+        ("sft", "epochs", 0),
+        ("sft", "epochs", 1.5),
+        ("sft", "learning_rate", 0),
+        ("sft", "learning_rate", float("nan")),
+        ("sft", "learning_rate", float("inf")),
+        ("sft", "schedule", "step"),
+        ("sft", "weight_decay", -0.1),
+        ("sft", "max_grad_norm", 0),
+        ("sft", "warmup_fraction", 1),
+        ("sft", "warmup_fraction", -0.1),
+        ("reward", "center_coef", -1),
+        ("reward", "norm_samples", 1),
+        ("ppo", "updates", 0),
+        ("ppo", "rollouts", 1),
+        ("ppo", "samples_per_prompt", 0),
+        ("ppo", "response_tokens", 1),
+        ("ppo", "temperature", 0),
+        ("ppo", "epochs", 0),
+        ("ppo", "minibatch_size", 0),
+        ("ppo", "value_learning_rate", 0),
+        ("ppo", "warmup_updates", -1),
+        ("ppo", "value_warmup_updates", -1),
+        ("ppo", "kl_controller", "none"),
+        ("ppo", "kl_coef", -0.1),
+        ("ppo", "kl_target", 0),
+        ("ppo", "kl_horizon", 0),
+        ("ppo", "clip_range", 0),
+        ("ppo", "value_clip_range", 0),
+        ("ppo", "gamma", 1.01),
+        ("ppo", "lam", -0.01),
+        ("ppo", "score_clip", 0),
+        ("ppo", "missing_eos_penalty", -1),
+        ("ppo", "early_stop_kl", 0),
+        ("evaluate", "temperature", 0),
+        ("evaluate", "response_tokens", 1),
+        ("evaluate", "bootstrap_samples", 99),
+        ("evaluate", "report_prompts", 0),
+        ("evaluate", "samples_per_prompt", 0),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_key(raw: dict[str, Any], section: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_params(changed(raw, section, **{key: value}))
+    assert str(error.value).startswith(f"params.yaml: {section}.{key} = {value!r}: ")
+
+
+def test_every_mistake_is_told_at_once(raw: dict[str, Any]) -> None:
+    spoilt = changed(changed(raw, "sft", epochs=0), "ppo", kl_coeff=1)
+    with pytest.raises(ConfigError, match=r"(?s)sft\.epochs = 0: .*\nunknown key ppo\.kl_coeff"):
+        check_params(spoilt)
+
+
+def test_a_number_written_without_a_point_is_a_number(raw: dict[str, Any]) -> None:
+    # YAML 1.1 reads 5e-4, without a point, as a text
+    assert yaml.safe_load("5e-4") == "5e-4"
+    assert check_params(changed(raw, "sft", learning_rate="5e-4")).sft.learning_rate == 5e-4
+
+
+def test_fractions_have_to_leave_a_training_split(raw: dict[str, Any]) -> None:
+    fractions = {"validation_fraction": 0.3, "test_fraction": 0.3, "gold_fraction": 0.4}
+    with pytest.raises(ConfigError, match="fractions add up to 1, so train would be empty"):
+        check_params(changed(raw, "prepare", **fractions))
+    check_params(changed(raw, "prepare", **{**fractions, "gold_fraction": 0.39}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rollouts": 32, "samples_per_prompt": 3}, "rollouts 32 is no multiple of samples_per_prompt 3"),
+        (
+            {"rollouts": 32, "minibatch_size": 12, "micro_batch_size": 12},
+            "rollouts 32 is no multiple of minibatch_size 12",
+        ),
+        ({"minibatch_size": 16, "micro_batch_size": 5}, "minibatch_size 16 is no multiple of micro_batch_size 5"),
+        ({"updates": 4, "value_warmup_updates": 4}, "value_warmup_updates 4 leaves none of 4 updates"),
+    ],
+)
+def test_ppo_batches_have_to_divide(raw: dict[str, Any], values: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_params(changed(raw, "ppo", **values))
+
+
+def test_sections_are_frozen(raw: dict[str, Any]) -> None:
+    params = check_params(raw)
+    for name in SECTIONS:
+        key = next(iter(SECTIONS[name].model_fields))
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            setattr(getattr(params, name), key, 1)
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        params.launcher = "other"
+
+
+@pytest.mark.parametrize(("section", "key"), [*KEYS, ("params", "launcher")])
+def test_every_field_says_what_it_means(section: str, key: str) -> None:
+    field = {**SECTIONS, "params": Params}[section].model_fields[key]
+    assert field.description
+    assert len(field.description.split()) >= 4
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS)
+def test_no_field_has_a_value_of_its_own(section: str, key: str) -> None:
+    assert SECTIONS[section].model_fields[key].is_required()
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(MissingArtifact, match=r"Found no .*params\.yaml in .*\. Run this in the project's folder\."):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sft: [1, 2", "is not valid YAML"),
+        ("", "holds a NoneType; expected sections launcher, prepare, sft, reward, ppo, evaluate"),
+        ("- 1", "holds a list; expected sections"),
+    ],
+)
+def test_what_is_no_mapping_of_sections_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_params(path)
+
+
+def test_the_error_is_also_the_builtin_that_a_caller_would_catch(raw: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="unknown key"):
+        check_params({**raw, "x": 1})

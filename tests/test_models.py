@@ -1,0 +1,419 @@
+"""One body in several roles: cut or whole, padded or not, saved or fresh, every role means the same function."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_core.errors import MissingArtifact
+from rlhf_core.models import (
+    REFERENCE,
+    Normaliser,
+    Roles,
+    Trunk,
+    batches,
+    load_policy,
+    load_tokenizer,
+    pad_right,
+)
+from rlhf_core.rollouts import pad_left
+
+# PEFT sees by itself that GPT-2's Conv1D is transposed, and says so each time.
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32, and another order of the same sums
+ROWS = [[7, 20, 35, 4, 90], [12, 5, 77, 31, 8, 64, 19, 250, 3], [40, 41, 42]]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def family(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def perturb(roles: Roles, role: str, *, seed: int = 0) -> None:
+    """What training does to a role's parameters, in one go."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in roles.trainable(role):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def plain(folder: Path, row: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Last hidden states and logits of one row without padding, by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([row]), output_hidden_states=True)
+    return out.hidden_states[-1][0], out.logits[0]
+
+
+def same_bytes(left: Path, right: Path) -> None:
+    assert sorted(path.name for path in left.iterdir()) == sorted(path.name for path in right.iterdir())
+    for path in left.iterdir():
+        assert path.read_bytes() == (right / path.name).read_bytes(), path.name
+
+
+# ---- the cut ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_llama_is_cut_below_its_lowest_adapter(llama: Path, section: Callable[..., Any]) -> None:
+    assert Roles(llama).depth == 2  # with no adapter at all, the last layer is left for the roles
+    for layers, depth in ((1, 2), (2, 1), (3, 0), (0, 0), (9, 0)):
+        roles = Roles(llama, section("sft", lora_layers=layers))
+        roles.add("policy")
+        assert roles.depth == depth, layers
+        assert roles.trunk(*pad_right(ROWS, 0)).states.dim() == (3 if depth else 2)
+
+
+def test_the_lowest_adapter_of_all_roles_decides(llama: Path, section: Callable[..., Any], tmp_path: Path) -> None:
+    deep = Roles(llama, section("sft", lora_layers=2))
+    deep.add("policy")
+    deep.save("policy", tmp_path / "deep")
+    roles = Roles(llama, section("sft", lora_layers=1))
+    roles.add("policy")
+    assert roles.depth == 2
+    roles.add("other", start=tmp_path / "deep")
+    assert roles.depth == 1
+    roles.add("whole", method="full")
+    assert roles.depth == 0  # a body of its own shares nothing
+
+
+@torch.no_grad()
+def test_trunk_and_upper_layers_equal_the_whole_model(
+    family: Path, section: Callable[..., Any], tmp_path: Path
+) -> None:
+    roles = Roles(family, section("sft", lora_layers=1))
+    roles.add("policy")
+    perturb(roles, "policy")
+    roles.save("policy", tmp_path / "policy")
+    load_policy(tmp_path / "policy").save_pretrained(tmp_path / "merged")
+    trunk = roles.trunk(*pad_right(ROWS, 0))
+    for role, folder in ((REFERENCE, family), ("policy", tmp_path / "merged")):
+        hidden_BSD = roles.hidden(trunk, role)
+        for index, row in enumerate(ROWS):
+            torch.testing.assert_close(hidden_BSD[index, : len(row)], plain(folder, row)[0], **CLOSE)
+
+
+def test_a_gpt2_falls_back_to_the_whole_model(gpt2: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(gpt2, section("sft", lora_layers=1))
+    roles.add("policy")
+    assert roles.depth == 0
+    assert roles.trunk(*pad_right(ROWS, 0)).states.dtype == torch.long
+
+
+@torch.no_grad()
+def test_a_model_that_scales_its_embeddings_is_found_out(
+    tmp_path: Path, section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # Gemma has all that a cut needs, and multiplies what it embeds by √d: cutting it would do so twice.
+    config = GemmaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    GemmaForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    roles = Roles(tmp_path / "gemma", section("sft", lora_layers=1))
+    roles.add("policy")
+    hidden_BSD = roles.hidden(roles.trunk(*pad_right(ROWS, 0)), "policy")
+    for index, row in enumerate(ROWS):
+        torch.testing.assert_close(hidden_BSD[index, : len(row)], plain(tmp_path / "gemma", row)[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_of_a_trunk_are_trimmed_and_mean_the_same(llama: Path) -> None:
+    roles = Roles(llama)
+    whole = roles.trunk(*pad_right(ROWS, 0))
+    part = whole.rows(torch.tensor([2, 0]))
+    assert part.states.shape[1] == 5
+    assert part.mask_BS.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    hidden = roles.hidden(part, REFERENCE)
+    torch.testing.assert_close(hidden[0, :3], plain(llama, ROWS[2])[0], **CLOSE)
+    torch.testing.assert_close(hidden[1], plain(llama, ROWS[0])[0], **CLOSE)
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad_id", [0, 33])
+def test_padding_on_either_side_changes_nothing(family: Path, section: Callable[..., Any], pad_id: int) -> None:
+    roles = Roles(family, section("reward"))
+    roles.add("reward", head=True)
+    perturb(roles, "reward")
+    left, right = roles.trunk(*pad_left(ROWS, pad_id)), roles.trunk(*pad_right(ROWS, pad_id))
+    for index, row in enumerate(ROWS):
+        alone = roles.trunk(*pad_right([row], pad_id))
+        for role in (REFERENCE, "reward"):
+            expected_SD = roles.hidden(alone, role)[0]
+            torch.testing.assert_close(roles.hidden(right, role)[index, : len(row)], expected_SD, **CLOSE)
+            torch.testing.assert_close(roles.hidden(left, role)[index, -len(row) :], expected_SD, **CLOSE)
+        score = roles.scores(alone, "reward")[0]
+        torch.testing.assert_close(roles.scores(right, "reward")[index], score, **CLOSE)
+        torch.testing.assert_close(roles.scores(left, "reward")[index], score, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_score_is_read_at_the_last_kept_token(llama: Path) -> None:
+    roles = Roles(llama)
+    roles.add("reward", method="full", head=True)
+    scores_B = roles.scores(roles.trunk(*pad_right(ROWS, 0)), "reward")
+    head = roles.heads["reward"]
+    for index, row in enumerate(ROWS):
+        hidden_SD, _ = plain(llama, row)
+        torch.testing.assert_close(scores_B[index], hidden_SD[-1] @ head.weight[0] + head.bias[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_pad_id_inside_a_response_is_an_ordinary_token(
+    family: Path, section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pad = tokenizer.pad_token_id
+    row = [7, 20, pad, 35, pad]  # its last token is one too
+    roles = Roles(family, section("reward"))
+    roles.add("reward", head=True)
+    ids_BS, mask_BS = pad_right([row, [*row, 9, 9]], pad)
+    trunk = roles.trunk(ids_BS, mask_BS)
+    hidden_SD, logits_SV = plain(family, row)
+    head = roles.heads["reward"]
+    torch.testing.assert_close(roles.scores(trunk, "reward")[0], hidden_SD[-1] @ head.weight[0] + head.bias[0], **CLOSE)
+    logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, ids_BS[:, 1:5], start=1, temperature=1.0)
+    expected = logits_SV.log_softmax(-1)[torch.arange(4), torch.tensor(row[1:])]
+    torch.testing.assert_close(logprobs_BT[0], expected, **CLOSE)
+
+
+# ---- log-probs and values --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_and_entropy_are_those_of_the_plain_model(family: Path, temperature: float) -> None:
+    rows = [[(3 + 7 * n + 11 * k) % 300 for k in range(6)] for n in range(10)]  # more rows than logits are held of
+    ids_BS, mask_BS = pad_right(rows, 0)
+    roles = Roles(family)
+    trunk = roles.trunk(ids_BS, mask_BS)
+    logprobs_BT, entropy_BT = roles.logprobs(
+        trunk, REFERENCE, ids_BS[:, 2:], start=2, temperature=temperature, entropy=True
+    )
+    assert entropy_BT is not None
+    assert logprobs_BT.shape == entropy_BT.shape == (10, 4)
+    for index, row in enumerate(rows):
+        log_TV = (plain(family, row)[1][1:5] / temperature).log_softmax(-1)
+        torch.testing.assert_close(logprobs_BT[index], log_TV[torch.arange(4), torch.tensor(row[2:])], **CLOSE)
+        torch.testing.assert_close(entropy_BT[index], -(log_TV.exp() * log_TV).sum(-1), **CLOSE)
+    assert roles.logprobs(trunk, REFERENCE, ids_BS[:, 2:], start=2, temperature=temperature)[1] is None
+
+
+@torch.no_grad()
+def test_a_value_is_read_before_its_token(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("reward"))
+    roles.add("value", head=True)
+    ids_BS, mask_BS = pad_right([ROWS[1]], 0)
+    values_BT = roles.values(roles.trunk(ids_BS, mask_BS), "value", start=4, length=5)
+    hidden_SD, head = plain(llama, ROWS[1])[0], roles.heads["value"]
+    torch.testing.assert_close(values_BT[0], hidden_SD[3:8] @ head.weight[0] + head.bias[0], **CLOSE)
+
+
+# ---- roles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_reference_stays_the_base_through_training(family: Path, section: Callable[..., Any], method: str) -> None:
+    ids_BS, mask_BS = pad_right(ROWS, 0)
+    roles = Roles(family, section("sft", lora_layers=1))
+    roles.add("policy", method=method)
+    with torch.no_grad():
+        before = roles.hidden(roles.trunk(ids_BS, mask_BS), REFERENCE)
+        fresh = roles.hidden(roles.trunk(ids_BS, mask_BS), "policy")
+        bare = Roles(family)
+        expected = bare.hidden(bare.trunk(ids_BS, mask_BS), REFERENCE)
+    assert torch.equal(fresh, before)  # a new role changes nothing yet
+    if bare.depth == roles.depth:
+        assert torch.equal(before, expected)
+    else:
+        torch.testing.assert_close(before, expected, **CLOSE)
+    optimiser = torch.optim.SGD(roles.trainable("policy"), lr=1e-2)
+    for _ in range(3):
+        roles.hidden(roles.trunk(ids_BS, mask_BS), "policy").square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with torch.no_grad():
+        trunk = roles.trunk(ids_BS, mask_BS)
+        assert not torch.allclose(roles.hidden(trunk, "policy"), before, atol=1e-3)
+        assert torch.equal(roles.hidden(trunk, REFERENCE), before)
+        logits = roles.language_model(REFERENCE)(input_ids=torch.tensor([ROWS[0]])).logits[0]
+        assert torch.equal(logits, load_policy(family)(input_ids=torch.tensor([ROWS[0]])).logits[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_role_learns_without_moving_another(llama: Path, section: Callable[..., Any], method: str) -> None:
+    roles = Roles(llama, section("sft"))
+    for role in ("one", "two"):
+        roles.add(role, method=method, head=True)
+    ours, theirs = roles.trainable("one"), roles.trainable("two")
+    assert not {id(parameter) for parameter in ours} & {id(parameter) for parameter in theirs}
+    trunk = roles.trunk(*pad_right(ROWS, 0))
+    roles.scores(trunk, "one").sum().backward()
+    assert all(parameter.grad is None for parameter in theirs)
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in ours)
+    before = roles.scores(trunk, "two").detach()
+    perturb(roles, "one")
+    assert torch.equal(roles.scores(trunk, "two").detach(), before)
+
+
+def test_a_frozen_role_wants_no_gradient(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("reward"))
+    roles.add("reward", head=True)
+    roles.frozen("reward")
+    assert not roles.scores(roles.trunk(*pad_right(ROWS, 0)), "reward").requires_grad
+    assert not any(parameter.requires_grad for parameter in roles.parameters())
+
+
+def test_a_fresh_head_is_drawn_as_the_paper_says(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("reward"))
+    weights = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        roles.add(f"role{seed}", head=True)
+        weights.append(roles.heads[f"role{seed}"].weight.detach().flatten())
+        assert roles.heads[f"role{seed}"].bias.tolist() == [0.0]
+        assert roles.normalisers[f"role{seed}"] == Normaliser(0.0, 1.0, 1.0)
+    drawn = torch.cat(weights)
+    # 1,280 draws of N(0, 1/33): four standard errors of their deviation are 8 %, of their mean 0.02
+    assert drawn.std().item() == pytest.approx(33**-0.5, rel=0.08)
+    assert abs(drawn.mean().item()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["llama_with_dropout", "gpt2"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_dropout_is_off_whatever_is_configured(
+    request: pytest.FixtureRequest, section: Callable[..., Any], name: str, method: str
+) -> None:
+    folder = request.getfixturevalue(name)
+    configured = json.loads((folder / "config.json").read_text())
+    assert any(configured.get(key) for key in ("attention_dropout", "resid_pdrop"))
+    roles = Roles(folder, section("sft"))
+    roles.add("policy", method=method, head=True)
+    roles.trainable("policy")
+    perturb(roles, "policy")
+    roles.language_model("policy")
+    assert not any(module.training for module in roles.modules())
+    for key, value in roles.language_model("policy").config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            assert value == 0.0, key
+    first, second = (roles.hidden(roles.trunk(*pad_right(ROWS, 0)), "policy") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_role_that_is_saved_and_loaded_is_saved_the_same(
+    family: Path, section: Callable[..., Any], tmp_path: Path, method: str
+) -> None:
+    roles = Roles(family, section("reward"))
+    roles.add("reward", method=method, head=True)
+    perturb(roles, "reward")
+    roles.normalisers["reward"] = Normaliser(0.25, 1.5, 2.0)
+    roles.save("reward", tmp_path / "one")
+    again = Roles(family)  # no section: the saved role says what it is
+    again.add("judge", head=True, start=tmp_path / "one")
+    again.save("judge", tmp_path / "two")
+    same_bytes(tmp_path / "one", tmp_path / "two")
+    assert again.normalisers["judge"] == Normaliser(0.25, 1.5, 2.0)
+    trunk, other = roles.trunk(*pad_right(ROWS, 0)), again.trunk(*pad_right(ROWS, 0))
+    assert torch.equal(roles.scores(trunk, "reward"), again.scores(other, "judge"))
+
+
+def test_a_lora_folder_is_small_and_names_its_base(llama: Path, section: Callable[..., Any], tmp_path: Path) -> None:
+    roles = Roles(llama, section("sft"))
+    roles.add("policy")
+    roles.save("policy", tmp_path / "sft")
+    assert sorted(path.name for path in (tmp_path / "sft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == llama.as_posix()
+    assert config["r"] == 4
+    assert config["layers_to_transform"] == [2]
+    assert sorted(config["target_modules"]) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert all(".layers.2." in name for name in load_file(tmp_path / "sft" / "adapter_model.safetensors"))
+
+
+@torch.no_grad()
+def test_a_chain_of_adapters_merges_to_the_same_model(
+    family: Path, section: Callable[..., Any], tmp_path: Path
+) -> None:
+    sft = Roles(family, section("sft"))
+    sft.add("policy")
+    perturb(sft, "policy", seed=1)
+    sft.save("policy", tmp_path / "sft")
+    tuned = Roles(tmp_path / "sft", section("ppo"))
+    tuned.add("policy")
+    perturb(tuned, "policy", seed=2)
+    tuned.save("policy", tmp_path / "ppo")
+    ids = torch.tensor([ROWS[1]])
+    merged = load_policy(tmp_path / "sft")(input_ids=ids).logits
+    torch.testing.assert_close(merged, sft.language_model("policy")(input_ids=ids).logits, **CLOSE)
+    torch.testing.assert_close(merged, tuned.language_model(REFERENCE)(input_ids=ids).logits, **CLOSE)
+    on_top = load_policy(tmp_path / "ppo")(input_ids=ids).logits
+    torch.testing.assert_close(on_top, tuned.language_model("policy")(input_ids=ids).logits, **CLOSE)
+    assert not torch.allclose(on_top, merged, atol=1e-2)
+    assert load_tokenizer(tmp_path / "ppo").get_vocab() == load_tokenizer(family).get_vocab()
+
+
+@torch.no_grad()
+def test_roles_of_both_methods_live_on_one_model(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("sft"))
+    roles.add("lora")
+    perturb(roles, "lora")
+    roles.add("full", method="full")  # begins from the base, and not from the adapter that is on it
+    trunk = roles.trunk(*pad_right(ROWS, 0))
+    assert torch.equal(roles.hidden(trunk, "full"), roles.hidden(trunk, REFERENCE))
+    assert not torch.allclose(roles.hidden(trunk, "lora"), roles.hidden(trunk, REFERENCE), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [("artifacts/base", "prepare"), ("artifacts/sft", "sft"), ("artifacts/reward", "reward"), ("artifacts/ppo", "ppo")],
+)
+def test_a_missing_model_names_the_stage_that_makes_it(folder: str, command: str) -> None:
+    expected = rf"{folder} holds no model\. Run `dvc repro {command}`\."
+    with pytest.raises(MissingArtifact, match=expected):
+        load_policy(f"nowhere/{folder}")
+    with pytest.raises(MissingArtifact, match=expected):
+        load_tokenizer(f"nowhere/{folder}")
+
+
+def test_a_missing_role_names_the_stage_that_makes_it(llama: Path) -> None:
+    with pytest.raises(MissingArtifact, match=r"artifacts/reward holds no model\. Run `dvc repro reward`\."):
+        Roles(llama).add("reward", head=True, start="nowhere/artifacts/reward")
+
+
+# ---- small things ----------------------------------------------------------------------------------------------------
+
+
+def test_padding_by_hand() -> None:
+    ids_BS, mask_BS = pad_right([[5], [6, 7, 8]], 9)
+    assert ids_BS.tolist() == [[5, 9, 9], [6, 7, 8]]
+    assert mask_BS.tolist() == [[True, False, False], [True, True, True]]
+    assert [rows.tolist() for rows in batches(5, 2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_rows_of_left_padded_trunks_keep_their_start() -> None:
+    mask_BS = torch.tensor([[False, True, True, False], [True, True, True, True]])
+    part = Trunk(torch.arange(8).reshape(2, 4), mask_BS).rows(torch.tensor([0]))
+    assert part.states.tolist() == [[0, 1, 2]]  # trimmed on the right alone: positions stay the batch's
+    assert part.mask_BS.tolist() == [[False, True, True]]

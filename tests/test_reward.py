@@ -1,0 +1,301 @@
+"""The reward model: rankings become scores, a batch may be cut anywhere, and what it measures is right by hand."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_core.data import encode_prompt
+from rlhf_core.errors import TrainingDiverged
+from rlhf_core.models import REFERENCE, Roles, pad_right
+from rlhf_core.records import Ranking
+from rlhf_core.reward import (
+    EncodedRanking,
+    Judged,
+    accuracy,
+    centering,
+    encode_rankings,
+    judge_rankings,
+    measure,
+    normalise_on_samples,
+    score_rankings,
+    score_samples,
+    temperature_of,
+    train_reward,
+    validation_loss,
+)
+from rlhf_core.rollouts import sample
+from rlhf_core.tracking import MemoryTracker, NullTracker
+
+PAD, ROLE = 0, "reward"
+
+
+def ranking(*rows: list[int], ranks: tuple[int, ...], prompt: int = 2) -> EncodedRanking:
+    return EncodedRanking(list(rows), ranks, [len(row) - prompt for row in rows])
+
+
+# K of 2 to 4, ties, uneven lengths, and one of nothing but a tie
+MIXED = [
+    ranking([7, 20, 35, 2], [7, 20, 36, 37, 2], ranks=(1, 2)),
+    ranking([12, 5, 77, 2], [12, 5, 31, 8, 64, 2], [12, 5, 2], ranks=(3, 1, 2)),
+    ranking([40, 41, 42, 2], [40, 41, 43, 44, 2], [40, 41, 45, 2], [40, 41, 46, 2], ranks=(1, 2, 2, 4)),
+    ranking([9, 9, 10, 2], [9, 9, 11, 12, 2], ranks=(1, 1)),
+]
+# A toy that can be separated: token 100 is in every better response, and nowhere else.
+TOY = [
+    ranking([n, n + 1, 100, n + 2, 2], [n, n + 1, n + 2, n + 3, 2], [n, n + 1, 2], ranks=(1, 2, 2))
+    for n in range(10, 58, 4)
+]
+
+
+def reward_model(folder: Path, config: Any, *, method: str = "lora") -> Roles:
+    roles = Roles(folder, config)
+    torch.manual_seed(7)
+    roles.add(ROLE, method=method, head=True)
+    return roles
+
+
+def weights(roles: Roles) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in roles.trainable(ROLE)]
+
+
+def test_rankings_are_encoded_as_rollouts_are(tokenizer: PreTrainedTokenizerFast) -> None:
+    record = Ranking((("user", "hi"),), ("A lemon.", "A yellow banana."), (2, 1))
+    (found,) = encode_rankings([record], tokenizer, system="Be brief.", max_response_tokens=50)
+    prompt = encode_prompt(tokenizer, record.prompt, "Be brief.")
+    assert found.ranks == (2, 1)
+    for ids, length, text in zip(found.ids, found.lengths, record.responses, strict=True):
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(ids[len(prompt) : -1]) == text
+        assert ids[-1] == tokenizer.eos_token_id
+        assert length == len(ids) - len(prompt)
+    (cut,) = encode_rankings([record], tokenizer, system="Be brief.", max_response_tokens=2)
+    assert cut.lengths == [2, 2]
+    assert cut.ids[0] == found.ids[0][: len(prompt) + 2]
+
+
+@torch.no_grad()
+def test_rankings_of_any_size_are_scored_as_their_rows_alone(llama: Path, section: Callable[..., Any]) -> None:
+    roles = reward_model(llama, section("reward"))
+    scores_BK, ranks_BK, mask_BK = score_rankings(roles, ROLE, MIXED, PAD)
+    assert mask_BK.tolist() == [[k < len(one.ids) for k in range(4)] for one in MIXED]
+    for row, one in enumerate(MIXED):
+        assert ranks_BK[row, : len(one.ids)].tolist() == list(one.ranks)
+        for k, ids in enumerate(one.ids):
+            alone = roles.scores(roles.trunk(*pad_right([ids], PAD)), ROLE)[0]
+            torch.testing.assert_close(scores_BK[row, k], alone, rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_centering_by_hand() -> None:
+    # Row 1: pairs (1, 2) and (1, 4): 3² + 5². Row 2: one pair (3, −1): 2², its third place is no response.
+    scores_BK = torch.tensor([[1.0, 2.0, 4.0], [3.0, -1.0, 9.0]], dtype=torch.float64)
+    ranks_BK = torch.tensor([[1, 2, 2], [1, 2, 0]])
+    mask_BK = torch.tensor([[True, True, True], [True, True, False]])
+    assert centering(scores_BK, ranks_BK, mask_BK).item() == pytest.approx((9 + 25 + 4) / 3, rel=1e-12)
+    assert centering(scores_BK, torch.ones_like(ranks_BK), mask_BK).item() == 0  # nothing but ties
+
+
+def train(roles: Roles, rankings: list[EncodedRanking], config: Any, **options: Any) -> dict[str, Any]:
+    settings = {"pad_id": PAD, "tracker": NullTracker(), **options}
+    return train_reward(roles, ROLE, rankings, rankings, config, **settings)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_cutting_a_batch_changes_no_weight(llama: Path, section: Callable[..., Any], method: str) -> None:
+    found = {}
+    for size in (1, 2, 4):
+        config = section("reward", method=method, learning_rate=1e-3, epochs=3, micro_batch_size=size)
+        roles = reward_model(llama, config, method=method)
+        train(roles, MIXED, config)
+        found[size] = weights(roles)
+    for size in (1, 2):
+        for ours, theirs in zip(found[size], found[4], strict=True):
+            # float32: a gradient near 0 differs in its last digits, which AdamW divides by ε = 1e-5
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_cutting_a_batch_changes_no_weight_when_scores_are_centred(llama: Path, section: Callable[..., Any]) -> None:
+    found = {}
+    for size in (1, 4):
+        config = section("reward", learning_rate=1e-3, center_coef=0.5, micro_batch_size=size)
+        roles = reward_model(llama, config)
+        train(roles, MIXED, config)
+        found[size] = weights(roles)
+    for ours, theirs in zip(found[1], found[4], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # as above
+
+
+def test_the_first_loss_weighs_every_ranking_the_same(llama: Path, section: Callable[..., Any]) -> None:
+    tracker, config = MemoryTracker(), section("reward", micro_batch_size=2)
+    roles = reward_model(llama, config)
+    with torch.no_grad():
+        scores_BK, _, _ = score_rankings(roles, ROLE, MIXED, PAD)
+    each = []
+    for one, scores in zip(MIXED, scores_BK.tolist(), strict=True):
+        margins = [
+            scores[i] - scores[j] for i, a in enumerate(one.ranks) for j, b in enumerate(one.ranks) if a < b
+        ]
+        if margins:  # the tie has no say
+            each.append(sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins))
+    train(roles, MIXED, config, tracker=tracker)
+    losses = [values["reward/loss"] for _, values in tracker.history if "reward/loss" in values]
+    assert losses == pytest.approx([sum(each) / 3], rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_it_learns_a_ranking_that_can_be_separated(llama: Path, section: Callable[..., Any], method: str) -> None:
+    config = section("reward", method=method, lora_layers=0, learning_rate=5e-3, epochs=6)
+    roles = reward_model(llama, config, method=method)
+    final = train_reward(roles, ROLE, TOY[:9], TOY[9:], config, pad_id=PAD, tracker=NullTracker())
+    assert final["validation_accuracy"] == 1.0
+    assert final["validation_loss"] < 0.3 < math.log(2)
+    assert final["steps"] == 6 * 3
+    assert final["tokens"] == 6 * sum(len(ids) for one in TOY[:9] for ids in one.ids)
+
+
+def test_centering_pulls_the_mean_score_to_zero(llama: Path, section: Callable[..., Any]) -> None:
+    means = {}
+    for coef in (0.0, 1.0):
+        config = section("reward", epochs=10, center_coef=coef, lora_layers=0)
+        roles = reward_model(llama, config)
+        with torch.no_grad():
+            roles.heads[ROLE].bias.fill_(2.0)
+        train(roles, TOY, config)
+        with torch.no_grad():
+            scores_BK, _, mask_BK = score_rankings(roles, ROLE, TOY, PAD)
+        means[coef] = abs(scores_BK[mask_BK].mean().item())
+    assert means[1.0] < 0.5 < means[0.0]
+
+
+def test_the_best_epoch_is_kept(llama: Path, section: Callable[..., Any]) -> None:
+    # Every other validation ranking is turned around, so that the better training goes the worse its loss gets.
+    turned = [one._replace(ranks=(2, 1, 1)) for one in TOY[6:]]
+    tracker, config = MemoryTracker(), section("reward", epochs=4, lora_layers=0)
+    roles = reward_model(llama, config)
+    final = train_reward(roles, ROLE, TOY[:6], turned, config, pad_id=PAD, tracker=tracker)
+    history = [v["reward/validation_loss"] for _, v in tracker.history if "reward/validation_loss" in v]
+    assert final["validation_loss"] == min(history)
+    assert final["best_epoch"] == 1 + history.index(min(history)) < 4, history
+    judged = judge_rankings(roles, ROLE, turned, PAD)
+    assert validation_loss(judged) == pytest.approx(final["validation_loss"], rel=1e-9)
+    assert accuracy(judged) == final["validation_accuracy"]
+
+
+def test_metrics_bear_the_name_they_are_given(llama: Path, section: Callable[..., Any]) -> None:
+    tracker, config = MemoryTracker(), section("reward")
+    train(reward_model(llama, config), MIXED, config, tracker=tracker, prefix="gold")
+    assert {name for _, values in tracker.history for name in values} == {
+        f"gold/{name}"
+        for name in ("loss", "accuracy", "grad_norm", "learning_rate", "validation_loss", "validation_accuracy")
+    }
+
+
+def test_a_loss_that_is_no_number_stops_the_run(llama: Path, section: Callable[..., Any]) -> None:
+    config = section("reward")
+    roles = reward_model(llama, config)
+    with torch.no_grad():
+        roles.heads[ROLE].bias.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="The gradient of reward is nan"):
+        train(roles, MIXED, config)
+
+
+@torch.no_grad()
+def test_judging_gives_the_margin_of_every_pair_that_is_no_tie(llama: Path, section: Callable[..., Any]) -> None:
+    roles = reward_model(llama, section("reward"))
+    judged = judge_rankings(roles, ROLE, MIXED, PAD, size=3)
+    s = score_rankings(roles, ROLE, MIXED, PAD)[0]
+    pairs = [
+        *[(0, 0, 1)],
+        *[(1, 1, 0), (1, 1, 2), (1, 2, 0)],
+        *[(2, 0, 1), (2, 0, 2), (2, 0, 3), (2, 1, 3), (2, 2, 3)],
+    ]
+    # float32 sums in batches of another size
+    assert sorted(judged.margins) == pytest.approx(sorted((s[b, i] - s[b, j]).item() for b, i, j in pairs), abs=1e-5)
+    lengths = [one.lengths for one in MIXED]
+    assert sorted(judged.length_differences) == sorted(lengths[b][i] - lengths[b][j] for b, i, j in pairs)
+    assert judged.rankings == 4
+
+
+def test_accuracy_and_loss_by_hand() -> None:
+    judged = Judged(np.array([2.0, -1.0, 0.0, 3.0]), np.array([1, -1, 2, 0]), 3)
+    assert accuracy(judged) == (1 + 0 + 0.5 + 1) / 4
+    expected = sum(math.log1p(math.exp(-margin)) for margin in (2, -1, 0, 3)) / 4
+    assert validation_loss(judged) == pytest.approx(expected, rel=1e-12)
+
+
+def test_measure_by_hand() -> None:
+    # Confidence σ(|m|) is .8808, .7311, .5, .9526 and correctness 1, 0, ½, 1, each in a bin of its own.
+    # At temperature 2 the confidence is .7311, .6225, .5, .8176.
+    judged = Judged(np.array([2.0, -1.0, 0.0, 3.0]), np.array([1, -1, 2, 0]), 3)
+    found = measure(judged, 2.0)
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    raw = (1 - sigmoid(2)) + sigmoid(1) + 0 + (1 - sigmoid(3))
+    scaled = (1 - sigmoid(1)) + sigmoid(0.5) + 0 + (1 - sigmoid(1.5))
+    assert found.metrics == pytest.approx(
+        {
+            "accuracy": 0.625,
+            "pairs": 4,
+            "rankings": 3,
+            "ece": raw / 4,
+            "ece_scaled": scaled / 4,
+            "temperature": 2.0,
+            "longest_wins": (1 + 0 + 1 + 0.5) / 4,
+        },
+        rel=1e-9,
+    )
+    assert [(part.low, part.accuracy) for part in found.calibration] == [(0.5, 0.5), (0.7, 0.0), (0.8, 1.0), (0.9, 1.0)]
+    assert [part.accuracy for part in found.calibration_scaled] == [0.5, 0.0, 1.0, 1.0]
+    assert sum(part.pairs for part in found.by_length) == 4
+
+
+def test_the_temperature_scales_with_the_margins() -> None:
+    margins = np.array([1.0, 2.0, -1.0, 0.5, 3.0, -0.2])
+    lengths = np.zeros(6)
+    once, thrice = (temperature_of(Judged(margins * factor, lengths, 6)) for factor in (1, 3))
+    assert thrice == pytest.approx(3 * once, rel=1e-6)  # the search stops there
+
+
+def normalised(roles: Roles, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, tuple[float, float]], Tensor]:
+    prompts = [[7, 20, 35], [12, 5, 77, 31, 8], [40, 41], [9, 10, 11, 12]] * 3
+    found = normalise_on_samples(roles, [ROLE], prompts, max_tokens=6, tokenizer=tokenizer, seed=5)
+    sampled = sample(
+        roles.language_model(REFERENCE),
+        prompts,
+        max_tokens=6,
+        temperature=1.0,
+        stop_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        generator=torch.Generator().manual_seed(5),
+    )
+    return found, score_samples(roles, ROLE, sampled, size=5).double()
+
+
+def test_scores_have_mean_0_and_deviation_1_on_the_samples(
+    llama: Path, section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = reward_model(llama, section("reward"))
+    found, scores_B = normalised(roles, tokenizer)
+    mean, std = found[ROLE]
+    z_B = (scores_B - mean) / std
+    assert z_B.mean().item() == pytest.approx(0, abs=1e-5)  # float32 sums in batches of another size
+    assert z_B.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert std > 0.01
+
+
+def test_a_reward_that_is_constant_can_be_divided_by(
+    llama: Path, section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = reward_model(llama, section("reward"))
+    with torch.no_grad():
+        roles.heads[ROLE].weight.zero_()
+        roles.heads[ROLE].bias.fill_(3.0)
+    assert normalised(roles, tokenizer)[0] == {ROLE: (3.0, 1e-6)}
