@@ -120,9 +120,6 @@ def parse_ranking(row: Any) -> Ranking:
         raise _Bad(
             "row", f"fields {', '.join(sorted(fields)) or 'none'}", "responses and ranks, or chosen and rejected"
         )
-    margin = fields.get("margin")
-    if margin is not None and not _is_number(margin):
-        raise _Bad("margin", repr(margin), "a number")
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
     if "prompt" in fields:
         prompt = _prompt(fields)
@@ -132,7 +129,14 @@ def parse_ranking(row: Any) -> Ranking:
         if prompt != other:
             raise _Bad("rejected", "another dialogue before its last turn than chosen's", "the same one")
     extra = {"source": str(fields.get("source", "")), "annotator": str(fields.get("annotator", ""))}
-    return Ranking(prompt, (chosen, rejected), (1, 2), margin=margin, category=_category(fields), **extra)
+    return Ranking(prompt, (chosen, rejected), (1, 2), margin=_margin(fields), category=_category(fields), **extra)
+
+
+def _margin(fields: Mapping[str, Any]) -> float | None:
+    margin = fields.get("margin")
+    if margin is not None and not _is_number(margin):
+        raise _Bad("margin", repr(margin), "a number")
+    return margin
 
 
 def _ranking(fields: Mapping[str, Any]) -> Ranking:
@@ -148,13 +152,16 @@ def _ranking(fields: Mapping[str, Any]) -> Ranking:
         raise _Bad("ranks", _shown(ranks), f"{len(responses)} whole numbers from 1, one a response")
     scores = fields.get("scores")
     if scores is not None:
-        for axis, values in scores.items() if isinstance(scores, dict) else [("?", scores)]:
+        if not isinstance(scores, dict):
+            raise _Bad("scores", _shown(scores), "lists of numbers by axis, such as {helpfulness: [4, 2]}")
+        for axis, values in scores.items():
             if not isinstance(values, list) or len(values) != len(responses) or not all(map(_is_number, values)):
                 raise _Bad(f"scores.{axis}", _shown(values), f"{len(responses)} numbers, one a response")
     return Ranking(
         _prompt(fields),
         tuple(responses),
         tuple(ranks),
+        margin=_margin(fields),
         scores=scores,
         source=str(fields.get("source", "")),
         annotator=str(fields.get("annotator", "")),
@@ -176,6 +183,7 @@ def _prompt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     if not turns or not all(
         isinstance(turn, dict)
         and isinstance(turn.get("content"), str)
+        and turn["content"].strip()
         and turn.get("role") in ("system", "user", "assistant")
         for turn in turns
     ):
@@ -284,7 +292,8 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
 
 def split_of(prompt: Sequence[Message], config: Prepare) -> str:
     """The split of a prompt, from its hash alone: adding rows moves none, and no prompt is in two."""
-    digest = hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).digest()
+    # Folded as for duplicates: prompts that differ in case and spacing alone must not part.
+    digest = hashlib.sha256(json.dumps(_folded(prompt), ensure_ascii=False).encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     for split in ("test", "gold", "validation"):
         place -= getattr(config, f"{split}_fraction")
@@ -421,17 +430,35 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message],
         names = {"user": "Human", "assistant": "Assistant", "system": "System"}
         lead = [{"role": "system", "content": system}] if system and turns[0]["role"] != "system" else []
         return "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in lead + turns) + "\n\nAssistant:"
+    if system and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
     if turns[0]["role"] == "system":
-        return _template(tokenizer, turns, True)
-    if system:
-        return _template(tokenizer, [{"role": "system", "content": system}, *turns], True)
+        try:
+            return _template(tokenizer, turns, True)
+        except Exception as error:  # templates refuse a role by raising whatever they like
+            raise DataError(
+                f"The base model's chat template takes no system turn ({error}). "
+                "Set prepare.system to '' in params.yaml, and leave system messages out of the prompts."
+            ) from error
     # A template may insert a system turn of its own where none is given. Give it an empty one, and cut that off.
     empty = {"role": "system", "content": ""}
     try:
         whole, opening = _template(tokenizer, [empty, *turns], True), _template(tokenizer, [empty], False)
-    except Exception:  # templates refuse a role by raising whatever they like
+    except Exception:  # as above
         return _template(tokenizer, turns, True)
-    return whole.removeprefix(opening) if whole.startswith(opening) else _template(tokenizer, turns, True)
+    return (
+        _before_turns(tokenizer) + whole.removeprefix(opening)
+        if whole.startswith(opening)
+        else _template(tokenizer, turns, True)
+    )
+
+
+def _before_turns(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before any turn: BOS, or nothing."""
+    try:
+        return _template(tokenizer, [], False)
+    except Exception:  # as above; a template that looks at its first message
+        return ""
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], generation: bool) -> str:

@@ -11,18 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_core import models
 from rlhf_core.errors import MissingArtifact
-from rlhf_core.models import (
-    REFERENCE,
-    Normaliser,
-    Roles,
-    Trunk,
-    batches,
-    load_policy,
-    load_tokenizer,
-    pad_right,
-)
-from rlhf_core.rollouts import pad_left
+from rlhf_core.models import REFERENCE, Normaliser, Roles, Trunk, load_policy, load_tokenizer, pack, pad_right
 
 # PEFT sees by itself that GPT-2's Conv1D is transposed, and says so each time.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
@@ -51,6 +42,10 @@ def plain(folder: Path, row: Sequence[int]) -> tuple[Tensor, Tensor]:
     return out.hidden_states[-1][0], out.logits[0]
 
 
+def trunk_of(roles: Roles, rows: Sequence[Sequence[int]] = ROWS, pad_id: int = 0) -> Trunk:
+    return roles.trunk(pack(rows, None, pad_id))
+
+
 def same_bytes(left: Path, right: Path) -> None:
     assert sorted(path.name for path in left.iterdir()) == sorted(path.name for path in right.iterdir())
     for path in left.iterdir():
@@ -66,7 +61,7 @@ def test_a_llama_is_cut_below_its_lowest_adapter(llama: Path, section: Callable[
         roles = Roles(llama, section("sft", lora_layers=layers))
         roles.add("policy")
         assert roles.depth == depth, layers
-        assert roles.trunk(*pad_right(ROWS, 0)).states.dim() == (3 if depth else 2)
+        assert trunk_of(roles).states.dim() == (3 if depth else 2)
 
 
 def test_the_lowest_adapter_of_all_roles_decides(llama: Path, section: Callable[..., Any], tmp_path: Path) -> None:
@@ -91,7 +86,7 @@ def test_trunk_and_upper_layers_equal_the_whole_model(
     perturb(roles, "policy")
     roles.save("policy", tmp_path / "policy")
     load_policy(tmp_path / "policy").save_pretrained(tmp_path / "merged")
-    trunk = roles.trunk(*pad_right(ROWS, 0))
+    trunk = trunk_of(roles)
     for role, folder in ((REFERENCE, family), ("policy", tmp_path / "merged")):
         hidden_BSD = roles.hidden(trunk, role)
         for index, row in enumerate(ROWS):
@@ -102,7 +97,7 @@ def test_a_gpt2_falls_back_to_the_whole_model(gpt2: Path, section: Callable[...,
     roles = Roles(gpt2, section("sft", lora_layers=1))
     roles.add("policy")
     assert roles.depth == 0
-    assert roles.trunk(*pad_right(ROWS, 0)).states.dtype == torch.long
+    assert trunk_of(roles).states.dtype == torch.long
 
 
 @torch.no_grad()
@@ -125,7 +120,7 @@ def test_a_model_that_scales_its_embeddings_is_found_out(
     tokenizer.save_pretrained(tmp_path / "gemma")
     roles = Roles(tmp_path / "gemma", section("sft", lora_layers=1))
     roles.add("policy")
-    hidden_BSD = roles.hidden(roles.trunk(*pad_right(ROWS, 0)), "policy")
+    hidden_BSD = roles.hidden(trunk_of(roles), "policy")
     for index, row in enumerate(ROWS):
         torch.testing.assert_close(hidden_BSD[index, : len(row)], plain(tmp_path / "gemma", row)[0], **CLOSE)
 
@@ -133,7 +128,7 @@ def test_a_model_that_scales_its_embeddings_is_found_out(
 @torch.no_grad()
 def test_rows_of_a_trunk_are_trimmed_and_mean_the_same(llama: Path) -> None:
     roles = Roles(llama)
-    whole = roles.trunk(*pad_right(ROWS, 0))
+    whole = trunk_of(roles)
     part = whole.rows(torch.tensor([2, 0]))
     assert part.states.shape[1] == 5
     assert part.mask_BS.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
@@ -147,27 +142,34 @@ def test_rows_of_a_trunk_are_trimmed_and_mean_the_same(llama: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("pad_id", [0, 33])
-def test_padding_on_either_side_changes_nothing(family: Path, section: Callable[..., Any], pad_id: int) -> None:
+def test_padding_changes_nothing(family: Path, section: Callable[..., Any], pad_id: int) -> None:
     roles = Roles(family, section("reward"))
     roles.add("reward", head=True)
     perturb(roles, "reward")
-    left, right = roles.trunk(*pad_left(ROWS, pad_id)), roles.trunk(*pad_right(ROWS, pad_id))
+    together = trunk_of(roles, pad_id=pad_id)
     for index, row in enumerate(ROWS):
-        alone = roles.trunk(*pad_right([row], pad_id))
+        alone = trunk_of(roles, [row])
         for role in (REFERENCE, "reward"):
             expected_SD = roles.hidden(alone, role)[0]
-            torch.testing.assert_close(roles.hidden(right, role)[index, : len(row)], expected_SD, **CLOSE)
-            torch.testing.assert_close(roles.hidden(left, role)[index, -len(row) :], expected_SD, **CLOSE)
-        score = roles.scores(alone, "reward")[0]
-        torch.testing.assert_close(roles.scores(right, "reward")[index], score, **CLOSE)
-        torch.testing.assert_close(roles.scores(left, "reward")[index], score, **CLOSE)
+            torch.testing.assert_close(roles.hidden(together, role)[index, : len(row)], expected_SD, **CLOSE)
+        torch.testing.assert_close(roles.scores(together, "reward")[index], roles.scores(alone, "reward")[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_are_scored_in_the_order_given_whatever_the_pieces(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("reward"))
+    roles.add("reward", head=True)
+    rows = [*ROWS, ROWS[1][:4], ROWS[0][:1]]
+    expected = torch.cat([roles.scores(trunk_of(roles, [row]), "reward") for row in rows])
+    for size in (1, 2, 8):
+        torch.testing.assert_close(roles.score_rows(rows, "reward", 0, size=size), expected, **CLOSE)
 
 
 @torch.no_grad()
 def test_a_score_is_read_at_the_last_kept_token(llama: Path) -> None:
     roles = Roles(llama)
     roles.add("reward", method="full", head=True)
-    scores_B = roles.scores(roles.trunk(*pad_right(ROWS, 0)), "reward")
+    scores_B = roles.scores(trunk_of(roles), "reward")
     head = roles.heads["reward"]
     for index, row in enumerate(ROWS):
         hidden_SD, _ = plain(llama, row)
@@ -182,14 +184,14 @@ def test_a_pad_id_inside_a_response_is_an_ordinary_token(
     row = [7, 20, pad, 35, pad]  # its last token is one too
     roles = Roles(family, section("reward"))
     roles.add("reward", head=True)
-    ids_BS, mask_BS = pad_right([row, [*row, 9, 9]], pad)
-    trunk = roles.trunk(ids_BS, mask_BS)
+    packed = pack([row[:1], row[:1]], [row[1:], [*row[1:], 9, 9]], pad)
+    trunk = roles.trunk(packed)
     hidden_SD, logits_SV = plain(family, row)
     head = roles.heads["reward"]
     torch.testing.assert_close(roles.scores(trunk, "reward")[0], hidden_SD[-1] @ head.weight[0] + head.bias[0], **CLOSE)
-    logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, ids_BS[:, 1:5], start=1, temperature=1.0)
+    logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, packed.ids_BT, packed.mask_BT, temperature=1.0)
     expected = logits_SV.log_softmax(-1)[torch.arange(4), torch.tensor(row[1:])]
-    torch.testing.assert_close(logprobs_BT[0], expected, **CLOSE)
+    torch.testing.assert_close(logprobs_BT[0], torch.cat([expected, torch.zeros(2)]), **CLOSE)
 
 
 # ---- log-probs and values --------------------------------------------------------------------------------------------
@@ -197,31 +199,54 @@ def test_a_pad_id_inside_a_response_is_an_ordinary_token(
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_logprobs_and_entropy_are_those_of_the_plain_model(family: Path, temperature: float) -> None:
-    rows = [[(3 + 7 * n + 11 * k) % 300 for k in range(6)] for n in range(10)]  # more rows than logits are held of
-    ids_BS, mask_BS = pad_right(rows, 0)
+def test_logprobs_and_entropy_are_those_of_the_plain_model(
+    family: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "LOGIT_TOKENS", 3)  # pieces that end in the middle of a row
+    prompts, responses = [row[: 1 + n] for n, row in enumerate(ROWS[:2])], [row[1 + n :] for n, row in enumerate(ROWS[:2])]
+    packed = pack(prompts, responses, 0)
     roles = Roles(family)
-    trunk = roles.trunk(ids_BS, mask_BS)
+    trunk = roles.trunk(packed)
     logprobs_BT, entropy_BT = roles.logprobs(
-        trunk, REFERENCE, ids_BS[:, 2:], start=2, temperature=temperature, entropy=True
+        trunk, REFERENCE, packed.ids_BT, packed.mask_BT, temperature=temperature, entropy=True
     )
     assert entropy_BT is not None
-    assert logprobs_BT.shape == entropy_BT.shape == (10, 4)
-    for index, row in enumerate(rows):
-        log_TV = (plain(family, row)[1][1:5] / temperature).log_softmax(-1)
-        torch.testing.assert_close(logprobs_BT[index], log_TV[torch.arange(4), torch.tensor(row[2:])], **CLOSE)
-        torch.testing.assert_close(entropy_BT[index], -(log_TV.exp() * log_TV).sum(-1), **CLOSE)
-    assert roles.logprobs(trunk, REFERENCE, ids_BS[:, 2:], start=2, temperature=temperature)[1] is None
+    assert logprobs_BT.shape == entropy_BT.shape == (2, 7)
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        log_TV = (plain(family, prompt + response)[1][len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        count, rest = len(response), torch.zeros(7 - len(response))
+        chosen_T = log_TV[torch.arange(count), torch.tensor(response)]
+        torch.testing.assert_close(logprobs_BT[index], torch.cat([chosen_T, rest]), **CLOSE)
+        spread_T = -(log_TV.exp() * log_TV).sum(-1)
+        torch.testing.assert_close(entropy_BT[index], torch.cat([spread_T, rest]), **CLOSE)
+    again, none = roles.logprobs(trunk, REFERENCE, packed.ids_BT, packed.mask_BT, temperature=temperature)
+    assert torch.equal(again, logprobs_BT)
+    assert none is None
+
+
+def test_logprobs_pass_gradients_to_kept_tokens_alone(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("sft"))
+    roles.add("policy")
+    perturb(roles, "policy")
+    packed = pack([[7, 20], [12]], [[35], [5, 77, 31]], 0)
+    logprobs_BT, _ = roles.logprobs(roles.trunk(packed), "policy", packed.ids_BT, packed.mask_BT, temperature=1.0)
+    logprobs_BT[~packed.mask_BT].sum().backward(retain_graph=True)
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in roles.trainable("policy"))
+    logprobs_BT.sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in roles.trainable("policy"))
 
 
 @torch.no_grad()
 def test_a_value_is_read_before_its_token(llama: Path, section: Callable[..., Any]) -> None:
     roles = Roles(llama, section("reward"))
     roles.add("value", head=True)
-    ids_BS, mask_BS = pad_right([ROWS[1]], 0)
-    values_BT = roles.values(roles.trunk(ids_BS, mask_BS), "value", start=4, length=5)
-    hidden_SD, head = plain(llama, ROWS[1])[0], roles.heads["value"]
-    torch.testing.assert_close(values_BT[0], hidden_SD[3:8] @ head.weight[0] + head.bias[0], **CLOSE)
+    packed = pack([ROWS[1][:4], ROWS[2][:2]], [ROWS[1][4:], ROWS[2][2:]], 0)
+    values_BT = roles.values(roles.trunk(packed), "value", packed.mask_BT)
+    head = roles.heads["value"]
+    first, second = plain(llama, ROWS[1])[0], plain(llama, ROWS[2])[0]
+    torch.testing.assert_close(values_BT[0], first[3:8] @ head.weight[0] + head.bias[0], **CLOSE)
+    expected = torch.cat([second[1:2] @ head.weight[0] + head.bias[0], torch.zeros(4)])
+    torch.testing.assert_close(values_BT[1], expected, **CLOSE)
 
 
 # ---- roles -----------------------------------------------------------------------------------------------------------
@@ -229,14 +254,13 @@ def test_a_value_is_read_before_its_token(llama: Path, section: Callable[..., An
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_reference_stays_the_base_through_training(family: Path, section: Callable[..., Any], method: str) -> None:
-    ids_BS, mask_BS = pad_right(ROWS, 0)
     roles = Roles(family, section("sft", lora_layers=1))
     roles.add("policy", method=method)
     with torch.no_grad():
-        before = roles.hidden(roles.trunk(ids_BS, mask_BS), REFERENCE)
-        fresh = roles.hidden(roles.trunk(ids_BS, mask_BS), "policy")
+        before = roles.hidden(trunk_of(roles), REFERENCE)
+        fresh = roles.hidden(trunk_of(roles), "policy")
         bare = Roles(family)
-        expected = bare.hidden(bare.trunk(ids_BS, mask_BS), REFERENCE)
+        expected = bare.hidden(trunk_of(bare), REFERENCE)
     assert torch.equal(fresh, before)  # a new role changes nothing yet
     if bare.depth == roles.depth:
         assert torch.equal(before, expected)
@@ -244,11 +268,11 @@ def test_the_reference_stays_the_base_through_training(family: Path, section: Ca
         torch.testing.assert_close(before, expected, **CLOSE)
     optimiser = torch.optim.SGD(roles.trainable("policy"), lr=1e-2)
     for _ in range(3):
-        roles.hidden(roles.trunk(ids_BS, mask_BS), "policy").square().sum().backward()
+        roles.hidden(trunk_of(roles), "policy").sum().backward()
         optimiser.step()
         optimiser.zero_grad()
     with torch.no_grad():
-        trunk = roles.trunk(ids_BS, mask_BS)
+        trunk = trunk_of(roles)
         assert not torch.allclose(roles.hidden(trunk, "policy"), before, atol=1e-3)
         assert torch.equal(roles.hidden(trunk, REFERENCE), before)
         logits = roles.language_model(REFERENCE)(input_ids=torch.tensor([ROWS[0]])).logits[0]
@@ -262,7 +286,7 @@ def test_a_role_learns_without_moving_another(llama: Path, section: Callable[...
         roles.add(role, method=method, head=True)
     ours, theirs = roles.trainable("one"), roles.trainable("two")
     assert not {id(parameter) for parameter in ours} & {id(parameter) for parameter in theirs}
-    trunk = roles.trunk(*pad_right(ROWS, 0))
+    trunk = trunk_of(roles)
     roles.scores(trunk, "one").sum().backward()
     assert all(parameter.grad is None for parameter in theirs)
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in ours)
@@ -275,7 +299,7 @@ def test_a_frozen_role_wants_no_gradient(llama: Path, section: Callable[..., Any
     roles = Roles(llama, section("reward"))
     roles.add("reward", head=True)
     roles.frozen("reward")
-    assert not roles.scores(roles.trunk(*pad_right(ROWS, 0)), "reward").requires_grad
+    assert not roles.scores(trunk_of(roles), "reward").requires_grad
     assert not any(parameter.requires_grad for parameter in roles.parameters())
 
 
@@ -284,7 +308,7 @@ def test_a_fresh_head_is_drawn_as_the_paper_says(llama: Path, section: Callable[
     weights = []
     for seed in range(40):
         torch.manual_seed(seed)
-        roles.add(f"role{seed}", head=True)
+        roles.add(f"role{seed}", method="full", head=True)
         weights.append(roles.heads[f"role{seed}"].weight.detach().flatten())
         assert roles.heads[f"role{seed}"].bias.tolist() == [0.0]
         assert roles.normalisers[f"role{seed}"] == Normaliser(0.0, 1.0, 1.0)
@@ -311,7 +335,7 @@ def test_dropout_is_off_whatever_is_configured(
     for key, value in roles.language_model("policy").config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             assert value == 0.0, key
-    first, second = (roles.hidden(roles.trunk(*pad_right(ROWS, 0)), "policy") for _ in range(2))
+    first, second = (roles.hidden(trunk_of(roles), "policy") for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -332,7 +356,7 @@ def test_a_role_that_is_saved_and_loaded_is_saved_the_same(
     again.save("judge", tmp_path / "two")
     same_bytes(tmp_path / "one", tmp_path / "two")
     assert again.normalisers["judge"] == Normaliser(0.25, 1.5, 2.0)
-    trunk, other = roles.trunk(*pad_right(ROWS, 0)), again.trunk(*pad_right(ROWS, 0))
+    trunk, other = trunk_of(roles), trunk_of(again)
     assert torch.equal(roles.scores(trunk, "reward"), again.scores(other, "judge"))
 
 
@@ -377,12 +401,12 @@ def test_a_chain_of_adapters_merges_to_the_same_model(
 @torch.no_grad()
 def test_roles_of_both_methods_live_on_one_model(llama: Path, section: Callable[..., Any]) -> None:
     roles = Roles(llama, section("sft"))
-    roles.add("lora")
-    perturb(roles, "lora")
-    roles.add("full", method="full")  # begins from the base, and not from the adapter that is on it
-    trunk = roles.trunk(*pad_right(ROWS, 0))
-    assert torch.equal(roles.hidden(trunk, "full"), roles.hidden(trunk, REFERENCE))
-    assert not torch.allclose(roles.hidden(trunk, "lora"), roles.hidden(trunk, REFERENCE), atol=1e-3)
+    roles.add("small")
+    perturb(roles, "small")
+    roles.add("large", method="full")  # begins from the base, and not from the adapter that is on it
+    trunk = trunk_of(roles)
+    assert torch.equal(roles.hidden(trunk, "large"), roles.hidden(trunk, REFERENCE))
+    assert not torch.allclose(roles.hidden(trunk, "small"), roles.hidden(trunk, REFERENCE), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -409,11 +433,23 @@ def test_padding_by_hand() -> None:
     ids_BS, mask_BS = pad_right([[5], [6, 7, 8]], 9)
     assert ids_BS.tolist() == [[5, 9, 9], [6, 7, 8]]
     assert mask_BS.tolist() == [[True, False, False], [True, True, True]]
-    assert [rows.tolist() for rows in batches(5, 2)] == [[0, 1], [2, 3], [4]]
 
 
-def test_rows_of_left_padded_trunks_keep_their_start() -> None:
-    mask_BS = torch.tensor([[False, True, True, False], [True, True, True, True]])
-    part = Trunk(torch.arange(8).reshape(2, 4), mask_BS).rows(torch.tensor([0]))
-    assert part.states.tolist() == [[0, 1, 2]]  # trimmed on the right alone: positions stay the batch's
-    assert part.mask_BS.tolist() == [[False, True, True]]
+def test_packing_by_hand() -> None:
+    packed = pack([[5], [6, 7, 8]], [[1, 2, 3], [4]], 9)
+    assert packed.ids_BS.tolist() == [[5, 1, 2, 3], [6, 7, 8, 4]]
+    assert packed.mask_BS.tolist() == [[True] * 4] * 2
+    # a position predicts the token after it: from the prompt's last to the response's last but one
+    assert packed.predicts_BS.tolist() == [[True, True, True, False], [False, False, True, False]]
+    assert packed.ids_BT.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert packed.mask_BT.tolist() == [[True, True, True], [True, False, False]]
+    alone = pack([[5], [6, 7]], None, 9)
+    assert alone.ids_BS.tolist() == [[5, 9], [6, 7]]
+    assert not alone.predicts_BS.any()
+    assert alone.ids_BT.shape == alone.mask_BT.shape == (2, 0)
+
+
+def test_rows_of_a_trunk_by_hand() -> None:
+    packed = pack([[5], [6, 7, 8]], [[1], [4]], 9)
+    part = Trunk(*packed[:3]).rows(torch.tensor([0]))
+    assert [tensor.tolist() for tensor in part] == [[[5, 1]], [[True, True]], [[True, False]]]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.data import encode_prompt
 from rlhf_core.errors import TrainingDiverged
-from rlhf_core.models import REFERENCE, Roles, pad_right
+from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Ranking
 from rlhf_core.reward import (
     EncodedRanking,
@@ -88,7 +88,7 @@ def test_rankings_of_any_size_are_scored_as_their_rows_alone(llama: Path, sectio
     for row, one in enumerate(MIXED):
         assert ranks_BK[row, : len(one.ids)].tolist() == list(one.ranks)
         for k, ids in enumerate(one.ids):
-            alone = roles.scores(roles.trunk(*pad_right([ids], PAD)), ROLE)[0]
+            alone = roles.scores(roles.trunk(pack([ids], None, PAD)), ROLE)[0]
             torch.testing.assert_close(scores_BK[row, k], alone, rtol=1e-4, atol=1e-5)  # float32
 
 
@@ -116,8 +116,8 @@ def test_cutting_a_batch_changes_no_weight(llama: Path, section: Callable[..., A
         found[size] = weights(roles)
     for size in (1, 2):
         for ours, theirs in zip(found[size], found[4], strict=True):
-            # float32: a gradient near 0 differs in its last digits, which AdamW divides by ε = 1e-5
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            # float32: the bias moves all scores alike and has no gradient but rounding, which AdamW divides by ε = 1e-5
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 def test_cutting_a_batch_changes_no_weight_when_scores_are_centred(llama: Path, section: Callable[..., Any]) -> None:
@@ -128,7 +128,7 @@ def test_cutting_a_batch_changes_no_weight_when_scores_are_centred(llama: Path, 
         train(roles, MIXED, config)
         found[size] = weights(roles)
     for ours, theirs in zip(found[1], found[4], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # as above
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)  # as above
 
 
 def test_the_first_loss_weighs_every_ranking_the_same(llama: Path, section: Callable[..., Any]) -> None:
@@ -150,25 +150,25 @@ def test_the_first_loss_weighs_every_ranking_the_same(llama: Path, section: Call
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_it_learns_a_ranking_that_can_be_separated(llama: Path, section: Callable[..., Any], method: str) -> None:
-    config = section("reward", method=method, lora_layers=0, learning_rate=5e-3, epochs=6)
+    config = section("reward", method=method, lora_layers=0, learning_rate=1e-2 if method == "lora" else 5e-3, epochs=8)
     roles = reward_model(llama, config, method=method)
     final = train_reward(roles, ROLE, TOY[:9], TOY[9:], config, pad_id=PAD, tracker=NullTracker())
     assert final["validation_accuracy"] == 1.0
     assert final["validation_loss"] < 0.3 < math.log(2)
-    assert final["steps"] == 6 * 3
-    assert final["tokens"] == 6 * sum(len(ids) for one in TOY[:9] for ids in one.ids)
+    assert final["steps"] == 8 * 3
+    assert final["tokens"] == 8 * sum(len(ids) for one in TOY[:9] for ids in one.ids)
 
 
 def test_centering_pulls_the_mean_score_to_zero(llama: Path, section: Callable[..., Any]) -> None:
     means = {}
     for coef in (0.0, 1.0):
-        config = section("reward", epochs=10, center_coef=coef, lora_layers=0)
+        config = section("reward", epochs=6, center_coef=coef)
         roles = reward_model(llama, config)
         with torch.no_grad():
-            roles.heads[ROLE].bias.fill_(2.0)
-        train(roles, TOY, config)
+            roles.heads[ROLE].bias.fill_(1.0)
+        train(roles, TOY[:4], config)
         with torch.no_grad():
-            scores_BK, _, mask_BK = score_rankings(roles, ROLE, TOY, PAD)
+            scores_BK, _, mask_BK = score_rankings(roles, ROLE, TOY[:4], PAD)
         means[coef] = abs(scores_BK[mask_BK].mean().item())
     assert means[1.0] < 0.5 < means[0.0]
 
@@ -192,10 +192,11 @@ def test_metrics_bear_the_name_they_are_given(llama: Path, section: Callable[...
     train(reward_model(llama, config), MIXED, config, tracker=tracker, prefix="gold")
     assert {name for _, values in tracker.history for name in values} == {
         f"gold/{name}"
-        for name in ("loss", "accuracy", "grad_norm", "learning_rate", "validation_loss", "validation_accuracy")
+        for name in ("loss", "batch_accuracy", "grad_norm", "learning_rate", "validation_loss", "validation_accuracy")
     }
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in logaddexp:RuntimeWarning")
 def test_a_loss_that_is_no_number_stops_the_run(llama: Path, section: Callable[..., Any]) -> None:
     config = section("reward")
     roles = reward_model(llama, config)
@@ -276,7 +277,7 @@ def normalised(roles: Roles, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[s
         pad_id=tokenizer.pad_token_id,
         generator=torch.Generator().manual_seed(5),
     )
-    return found, score_samples(roles, ROLE, sampled, size=5).double()
+    return found, score_samples(roles, ROLE, sampled).double()
 
 
 def test_scores_have_mean_0_and_deviation_1_on_the_samples(

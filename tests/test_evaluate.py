@@ -1,0 +1,199 @@
+"""Policies are judged on the same prompts with the same random numbers, and win rates are right by hand."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_core import evaluate
+from rlhf_core.evaluate import POLICIES, Evaluation, Response, compare, evaluate_policies
+from rlhf_core.models import Normaliser, Roles
+from rlhf_core.records import Demonstration, Prompt
+from rlhf_core.statistics import length_controlled_win_rate
+from rlhf_core.tracking import NullTracker
+
+PROMPTS = [Prompt((("user", text),)) for text in ("hi", "Why is the sky blue?", "Name a fruit.")]
+DEMONSTRATIONS = [Demonstration(record.prompt, "A yellow banana.") for record in PROMPTS]
+SUMMARY = {"reward", "gold_reward", "kl", "response_length", "eos_rate", "distinct_2"}
+COMPARISON = {
+    "gold_win_rate",
+    "gold_win_rate_low",
+    "gold_win_rate_high",
+    "length_controlled_win_rate",
+    "length_controlled_win_rate_low",
+    "length_controlled_win_rate_high",
+    "proxy_win_rate",
+    "proxy_win_rate_low",
+    "proxy_win_rate_high",
+    "longest_wins",
+    "prompts",
+    "comparisons",
+}
+
+
+@pytest.fixture(autouse=True)
+def few_refits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interval of the length-controlled rate is statistics' business and takes a second a comparison."""
+
+    def quick(*arguments: Any, samples: int, **options: Any) -> Any:
+        return partial(length_controlled_win_rate, samples=5)(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "length_controlled_win_rate", quick)
+
+
+def response(prompt: int, *, gold: float, reward: float, tokens: int) -> Response:
+    return Response(prompt, "text", tokens, True, reward, gold, 0.0)
+
+
+def test_comparing_by_hand_with_ties_and_clusters(section: Callable[..., Any]) -> None:
+    left = [
+        response(0, gold=1.0, reward=5.0, tokens=3),
+        response(1, gold=0.0, reward=5.0, tokens=9),
+        response(0, gold=2.0, reward=5.0, tokens=5),
+    ]
+    right = [
+        response(0, gold=1.0, reward=5.0, tokens=4),
+        response(0, gold=1.0, reward=9.0, tokens=3),
+        response(1, gold=1.0, reward=1.0, tokens=2),
+    ]
+    # Prompt 0: gold 1 against 1, 1 and 2 against 1, 1: two ties and two wins, 3 of 4. Prompt 1: one loss, 0 of 1.
+    # By the proxy: a tie and a loss, twice; then a win. By length: 3 against 4 and 3, 5 against 4 and 3; 9 against 2.
+    found = compare(left, right, section("evaluate", bootstrap_samples=2000))
+    assert set(found) == COMPARISON
+    assert found["gold_win_rate"] == pytest.approx(3 / 5, rel=1e-12)
+    assert found["proxy_win_rate"] == pytest.approx((0.5 + 0 + 0.5 + 0 + 1) / 5, rel=1e-12)
+    assert found["longest_wins"] == pytest.approx((0 + 0.5 + 1 + 1 + 1) / 5, rel=1e-12)
+    assert found["prompts"] == 2
+    assert found["comparisons"] == 5
+    # Prompts are drawn, not comparisons: twice prompt 0 is ¾, twice prompt 1 is 0, and both are 3/5.
+    assert (found["gold_win_rate_low"], found["gold_win_rate_high"]) == (0.0, 0.75)
+
+
+def test_turning_sides_turns_the_rate(section: Callable[..., Any]) -> None:
+    left = [response(n, gold=n % 3, reward=n % 4, tokens=n % 5) for n in range(8)]
+    right = [response(n, gold=(n + 1) % 3, reward=n % 2, tokens=n % 2) for n in range(8)]
+    ours, theirs = compare(left, right, section("evaluate")), compare(right, left, section("evaluate"))
+    for name in ("gold_win_rate", "proxy_win_rate", "longest_wins"):
+        assert ours[name] + theirs[name] == pytest.approx(1, rel=1e-12)
+    # the fit's tolerance
+    assert ours["length_controlled_win_rate"] + theirs["length_controlled_win_rate"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, llama: Path, section: Callable[..., Any]
+) -> Callable[..., dict[str, Path]]:
+    """An SFT model, a policy that is no more than that or one that moved, and two reward models."""
+
+    def build(*, move: bool) -> dict[str, Path]:
+        work = tmp_path_factory.mktemp("evaluate")
+        generator = torch.Generator().manual_seed(0)
+
+        def save(role: str, start: Path, *, head: bool, by: float) -> Path:
+            roles = Roles(start, section("sft"))
+            roles.add(role, head=head)
+            with torch.no_grad():
+                for parameter in roles.trainable(role):
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * by)
+            if head:
+                roles.normalisers[role] = Normaliser(0.5, 2.0)
+            roles.save(role, work / role)
+            return work / role
+
+        found = {"sft": save("policy", llama, head=False, by=0.1)}
+        found["ppo"] = save("ppo", found["sft"], head=False, by=0.1 if move else 0.0)
+        found |= {role: save(role, found["sft"], head=True, by=0.1) for role in ("reward", "gold")}
+        return found
+
+    return build
+
+
+def run(llama: Path, folders: dict[str, Path], config: Any, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
+    tuned = Roles(folders["sft"])
+    tuned.add("ppo", start=folders["ppo"])
+    for role in ("reward", "gold"):
+        tuned.add(role, head=True, start=folders[role])
+    options = {"tokenizer": tokenizer, "system": "", "tracker": NullTracker()}
+    return evaluate_policies(Roles(llama), tuned, PROMPTS, DEMONSTRATIONS, config, **options)
+
+
+@pytest.fixture(scope="module")
+def moved(llama: Path, folders: Callable[..., dict[str, Path]], section: Any, tokenizer: Any) -> Evaluation:
+    with pytest.MonkeyPatch.context() as patch:
+        quick = partial(length_controlled_win_rate)
+        patch.setattr(evaluate, "length_controlled_win_rate", lambda *a, **k: quick(*a, **{**k, "samples": 5}))
+        return run(llama, folders(move=True), section("evaluate"), tokenizer)
+
+
+def test_the_metrics_have_their_fixed_keys(moved: Evaluation) -> None:
+    assert set(moved.metrics) == {*POLICIES, "ppo_vs_sft", "sft_vs_base"}
+    for policy in POLICIES:
+        assert set(moved.metrics[policy]) == {*SUMMARY, "perplexity", "greedy"}
+        assert set(moved.metrics[policy]["greedy"]) == SUMMARY
+    for name in ("ppo_vs_sft", "sft_vs_base"):
+        assert set(moved.metrics[name]) == {*COMPARISON, "greedy"}
+        assert set(moved.metrics[name]["greedy"]) == COMPARISON
+        assert moved.metrics[name]["comparisons"] == 3 * 2 * 2  # every response against every other of its prompt
+        assert moved.metrics[name]["greedy"]["comparisons"] == 3
+
+
+def test_every_policy_answers_every_prompt(moved: Evaluation) -> None:
+    for policy in POLICIES:
+        assert [one.prompt for one in moved.sampled[policy]] == [0, 1, 2, 0, 1, 2]
+        assert [one.prompt for one in moved.greedy[policy]] == [0, 1, 2]
+        assert all(1 <= one.tokens <= 6 for one in moved.sampled[policy])
+        assert all(one.stopped or one.tokens == 6 for one in moved.sampled[policy])
+
+
+def test_a_summary_is_the_mean_of_its_responses(moved: Evaluation) -> None:
+    for policy in POLICIES:
+        rows, found = moved.sampled[policy], moved.metrics[policy]
+        for name, values in {
+            "reward": [one.reward for one in rows],
+            "gold_reward": [one.gold_reward for one in rows],
+            "kl": [one.kl for one in rows],
+            "response_length": [one.tokens for one in rows],
+            "eos_rate": [one.stopped for one in rows],
+        }.items():
+            assert found[name] == pytest.approx(sum(values) / 6, rel=1e-9)
+
+
+def test_kl_is_measured_to_the_sft_policy(moved: Evaluation) -> None:
+    assert all(one.kl == 0 for one in moved.sampled["sft"])
+    assert any(abs(one.kl) > 0.01 for one in moved.sampled["ppo"])
+    assert any(abs(one.kl) > 0.01 for one in moved.sampled["base"])
+
+
+def test_proxy_and_gold_are_two_judges(moved: Evaluation) -> None:
+    assert all(one.reward != one.gold_reward for one in moved.sampled["ppo"])
+
+
+def test_equal_policies_answer_alike_and_win_half(
+    llama: Path, folders: Callable[..., dict[str, Path]], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = run(llama, folders(move=False), section("evaluate"), tokenizer)
+    for ours, theirs in ((found.sampled["ppo"], found.sampled["sft"]), (found.greedy["ppo"], found.greedy["sft"])):
+        assert [one.text for one in ours] == [one.text for one in theirs]  # the same random numbers
+        assert [one.kl for one in ours] == pytest.approx([0.0] * len(ours), abs=1e-5)  # float32
+    for part in (found.metrics["ppo_vs_sft"], found.metrics["ppo_vs_sft"]["greedy"]):
+        for name in ("gold_win_rate", "proxy_win_rate", "longest_wins"):
+            assert part[name] == 0.5
+        assert part["length_controlled_win_rate"] == pytest.approx(0.5, abs=1e-6)  # the fit's tolerance
+    assert found.metrics["ppo"]["perplexity"] == pytest.approx(found.metrics["sft"]["perplexity"], rel=1e-5)  # float32
+    assert found.metrics["base"]["perplexity"] != pytest.approx(found.metrics["sft"]["perplexity"], rel=1e-3)
+
+
+def test_the_normaliser_is_applied_to_what_is_reported(
+    llama: Path, folders: Callable[..., dict[str, Path]], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    places, config = folders(move=True), section("evaluate", samples_per_prompt=1)
+    before = run(llama, places, config, tokenizer)
+    (places["gold"] / "score.json").write_text('{"mean": 0.0, "std": 1.0, "temperature": 1.0}')
+    after = run(llama, places, config, tokenizer)
+    for ours, theirs in zip(before.sampled["ppo"], after.sampled["ppo"], strict=True):
+        assert ours.gold_reward == pytest.approx((theirs.gold_reward - 0.5) / 2.0, rel=1e-5, abs=1e-6)  # float32
+        assert ours.reward == theirs.reward
