@@ -64,7 +64,7 @@ def run(
 ) -> None:
     """Bring all stages up to date, as one Prefect flow run.
 
-    Stages in which nothing changed are not run again, and a stage that was stopped goes on from its checkpoint.
+    Stages in which nothing changed are not run again. What earlier stages finished is kept when a later one is stopped.
 
     - `rlhf run -S ppo.kl_coef=0.1 -S ppo.updates=60 --name low-kl`
     - `rlhf run --until reward`

@@ -19,13 +19,14 @@ from pydantic import Field
 from flows.results import publish_results
 from rlhf_core.errors import RLHFError
 from tasks.pipeline import STAGES, Outcome, StageFailed, apply_overrides, find_root, run_stage, workspace_lock
+from tasks.stage import check_disk
 from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
 
 Stage = Literal["prepare", "sft", "reward", "ppo", "evaluate"]
 
 
 async def _crashed(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """Try again after a crash, from the stage's checkpoint; the user's mistakes stay mistakes."""
+    """Try a stage again after a crash; the user's mistakes stay mistakes."""
     error = await state.aresult(raise_on_failure=False)
     return isinstance(error, StageFailed) and error.crashed
 
@@ -61,13 +62,15 @@ def rlhf(
         until: The last stage to run; the ones before it are brought up to date.
         force: Run every stage even if nothing changed.
         run_name: What the run is called in MLflow; the flow run's own name if empty.
-        retries: How often a stage that crashed is started again. It goes on from its checkpoint.
+        retries: How often a stage that crashed is started again.
         stage_minutes: Minutes that one stage may take before it is ended; no limit if empty.
     """
     try:
         root = find_root()
         with workspace_lock(root):
+            # Before DVC starts a stage, and with that removes what its last run wrote.
             apply_overrides(overrides, root=root)
+            check_disk(root)
             flow_run_id = str(flow_run.get_id())
             parent = start_pipeline_run(run_name or str(flow_run.get_name()), {"rlhf.flow_run_id": flow_run_id})
             status = "KILLED"  # unless something better is known: Ctrl-C, a cancelled run

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ def _parent(folder: Path) -> Path:
     return folder.parent
 
 
-def _plain(model: torch.nn.Module) -> None:
+def _plain(model: Any) -> None:
     """Drop the marks that a GGUF reader leaves, or save_pretrained would call the weights quantised."""
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):

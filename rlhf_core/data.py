@@ -128,8 +128,15 @@ def parse_ranking(row: Any) -> Ranking:
         other, rejected = _dialogue("rejected", rejected)
         if prompt != other:
             raise _Bad("rejected", "another dialogue before its last turn than chosen's", "the same one")
-    extra = {"source": str(fields.get("source", "")), "annotator": str(fields.get("annotator", ""))}
-    return Ranking(prompt, (chosen, rejected), (1, 2), margin=_margin(fields), category=_category(fields), **extra)
+    return Ranking(
+        prompt,
+        (chosen, rejected),
+        (1, 2),
+        margin=_margin(fields),
+        source=str(fields.get("source", "")),
+        annotator=str(fields.get("annotator", "")),
+        category=_category(fields),
+    )
 
 
 def _margin(fields: Mapping[str, Any]) -> float | None:
@@ -146,7 +153,7 @@ def _ranking(fields: Mapping[str, Any]) -> Ranking:
     for index, text in enumerate(responses):
         if not isinstance(text, str) or not text.strip():
             raise _Bad(f"responses[{index}]", _shown(text), "a text that is not empty")
-    ranks = fields.get("ranks")
+    ranks: Any = fields.get("ranks")
     whole = isinstance(ranks, (list, tuple)) and all(isinstance(rank, int) and rank >= 1 for rank in ranks)
     if not whole or len(ranks) != len(responses):
         raise _Bad("ranks", _shown(ranks), f"{len(responses)} whole numbers from 1, one a response")
@@ -261,7 +268,8 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
                     _check_length(record.prompt, config, tokenizer, context)
                     records.append(record)
                 except _Bad as bad:
-                    bad_rows.append(BadRow(source, line, *bad.args, row))
+                    field, found, expected = bad.args
+                    bad_rows.append(BadRow(source, line, field, found, expected, row))
         return records
 
     demonstrations = load(config.demonstrations, parse_demonstration)
@@ -274,7 +282,8 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
             + ("\n  ..." if len(bad_rows) > SHOWN else "")
             + "\nMend them, or set them aside: `rlhf run -S prepare.on_bad_row=quarantine`."
         )
-    prompts += [Prompt(record.prompt, record.category) for record in (*demonstrations, *rankings)]
+    prompts += [Prompt(record.prompt, record.category) for record in demonstrations]
+    prompts += [Prompt(record.prompt, record.category) for record in rankings]
     kinds = {record.prompt: record.category for record in prompts if record.category}
     kept_demonstrations, doubled = _unique(demonstrations, lambda record: (record.prompt, record.response))
     kept_rankings, doubled_rankings = _unique(rankings, lambda record: (record.prompt, *sorted(record.responses)))

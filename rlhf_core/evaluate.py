@@ -166,7 +166,7 @@ def _measure(
     return [
         Response(
             prompt=row,
-            text=tokenizer.decode(answers.ids_BT[row][answers.mask_BT[row]], skip_special_tokens=True).strip(),
+            text=str(tokenizer.decode(answers.ids_BT[row][answers.mask_BT[row]], skip_special_tokens=True)).strip(),
             tokens=int(answers.mask_BT[row].sum()),
             stopped=bool(answers.stopped_B[row]),
             reward=scores["reward"][row],
@@ -192,14 +192,14 @@ def _logprobs(roles: Roles, role: str, answers: Sampled, temperature: float, *, 
 
 
 def _summary(responses: Sequence[Response]) -> dict[str, float]:
-    mean = {
+    numbers: dict[str, Sequence[float]] = {
         "reward": [response.reward for response in responses],
         "gold_reward": [response.gold_reward for response in responses],
         "kl": [response.kl for response in responses],
         "response_length": [response.tokens for response in responses],
         "eos_rate": [response.stopped for response in responses],
     }
-    found = {name: float(np.mean(values)) for name, values in mean.items()}
+    found = {name: float(np.mean(values)) for name, values in numbers.items()}
     return {**found, "distinct_2": distinct_n([response.text for response in responses], 2)}
 
 

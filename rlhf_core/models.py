@@ -148,9 +148,10 @@ class Roles(nn.Module):
                 assert not missing.unexpected_keys, missing.unexpected_keys
         if head:
             width = self.model.config.hidden_size
-            self.heads[role] = nn.Linear(width, 1).to(self.device)
-            nn.init.normal_(self.heads[role].weight, std=(width + 1) ** -0.5)
-            nn.init.zeros_(self.heads[role].bias)
+            head_layer = nn.Linear(width, 1).to(self.device)
+            nn.init.normal_(head_layer.weight, std=(width + 1) ** -0.5)
+            nn.init.zeros_(head_layer.bias)
+            self.heads[role] = head_layer
             if start is not None:
                 self.heads[role].load_state_dict(load_file(start / "score_head.safetensors"))
                 self.normalisers[role] = Normaliser(**json.loads((start / "score.json").read_text()))
@@ -186,7 +187,8 @@ class Roles(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if role in self.full:
-            self.full[role].save_pretrained(folder)
+            whole: Any = self.full[role]
+            whole.save_pretrained(folder)
             load_tokenizer(self.folder).save_pretrained(folder)
         else:
             assert self.peft is not None
@@ -299,7 +301,7 @@ class Roles(nn.Module):
         )
 
     def _shared_depth(self) -> int:
-        configs = self.peft.peft_config.values() if self.peft is not None else []
+        configs: list[Any] = list(self.peft.peft_config.values()) if self.peft is not None else []
         lowest = min((min(config.layers_to_transform) for config in configs), default=self.layers)
         depth = min(lowest, self.layers - 1)
         if depth <= 0 or not _can_split(_body(self.model)):
@@ -327,7 +329,8 @@ class Roles(nn.Module):
         if role in self.full or self.peft is None:
             return self._model_of(role)
         on = role != REFERENCE
-        for module in self.peft.base_model.modules():
+        modules: list[Any] = list(self.peft.base_model.modules())
+        for module in modules:
             # As PEFT's set_adapter and disable_adapters do, but requires_grad stays as the optimisers want it.
             if hasattr(module, "_disable_adapters") and hasattr(module, "_active_adapter"):
                 module._disable_adapters = not on

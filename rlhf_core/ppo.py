@@ -52,7 +52,7 @@ def add_roles(roles: Roles, reward_folder: str, *, method: str) -> None:
     # The value model predicts normalised scores: fold the normalisation into its head, once.
     mean, std, _ = roles.normalisers[REWARD]
     with torch.no_grad():
-        head = roles.heads[VALUE]
+        head: Any = roles.heads[VALUE]
         head.weight.div_(std)
         head.bias.sub_(mean).div_(std)
     roles.frozen(REWARD)
@@ -218,7 +218,7 @@ def losses(
         token_count: response tokens of the whole minibatch, so that every token weighs the same however it is cut.
     """
     share = int(part.mask_BT.sum()) / token_count
-    found = {}
+    found: dict[str, float] = {}
     if learn_policy:
         logprobs_BT, _ = roles.logprobs(part.trunk, POLICY, part.ids_BT, part.mask_BT, temperature=config.temperature)
         policy = policy_loss(

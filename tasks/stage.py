@@ -186,7 +186,10 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
         with _signals():
             yield from _run(stage, deps, torch)
     except Killed as killed:
-        print(f"{stage} was stopped by {killed}; running it again resumes from its last checkpoint.", file=sys.stderr)
+        print(
+            f"{stage} was stopped by {killed}; the stages before it are kept, and running it again starts it anew.",
+            file=sys.stderr,
+        )
         raise SystemExit(128 + killed.number) from None
     except RLHFError as error:
         print(f"{stage}: {error}", file=sys.stderr, flush=True)

@@ -184,6 +184,10 @@ BAD_DEMONSTRATIONS = [
         bad([{"role": "tool", "content": "x"}], response="x"),
         f"prompt: found [{{'role': 'tool', 'content': 'x'}}], expected {PROMPT_EXPECTED}",
     ),
+    (
+        bad([{"role": "user", "content": " "}], response="x"),
+        f"prompt: found [{{'role': 'user', 'content': ' '}}], expected {PROMPT_EXPECTED}",
+    ),
     (bad([{"role": "user"}], response="x"), f"prompt: found [{{'role': 'user'}}], expected {PROMPT_EXPECTED}"),
     (
         bad([{"role": "assistant", "content": "x"}], response="x"),
@@ -194,10 +198,6 @@ BAD_DEMONSTRATIONS = [
     (bad(response="\n "), f"response: found '\\n ', expected {TEXT_EXPECTED}"),
     (bad(response=7), f"response: found 7, expected {TEXT_EXPECTED}"),
     (bad("x" * 200), f"response: found nothing, expected {TEXT_EXPECTED}"),
-    (
-        bad("x " * 100, response="x"),
-        "prompt: found 111 tokens, expected 64 at most (prepare.max_prompt_tokens, and the model's context)",
-    ),
 ]
 BAD_RANKINGS = [
     ({}, "row: found fields none, expected responses and ranks, or chosen and rejected"),
@@ -209,7 +209,10 @@ BAD_RANKINGS = [
     (bad(responses=["a", "b"]), "ranks: found nothing, expected 2 whole numbers from 1, one a response"),
     (bad(responses=["a", "b"], ranks=[1]), "ranks: found [1], expected 2 whole numbers from 1, one a response"),
     (bad(responses=["a", "b"], ranks=[0, 1]), "ranks: found [0, 1], expected 2 whole numbers from 1, one a response"),
-    (bad(responses=["a", "b"], ranks=[1, 2.5]), "ranks: found [1, 2.5], expected 2 whole numbers from 1, one a response"),
+    (
+        bad(responses=["a", "b"], ranks=[1, 2.5]),
+        "ranks: found [1, 2.5], expected 2 whole numbers from 1, one a response",
+    ),
     (
         bad(responses=["a", "b"], ranks=[1, 2], scores={"truth": [1]}),
         "scores.truth: found [1], expected 2 numbers, one a response",
@@ -218,7 +221,11 @@ BAD_RANKINGS = [
         bad(responses=["a", "b"], ranks=[1, 2], scores={"truth": [1, "2"]}),
         "scores.truth: found [1, '2'], expected 2 numbers, one a response",
     ),
-    (bad(responses=["a", "b"], ranks=[1, 2], scores=5), "scores.?: found 5, expected 2 numbers, one a response"),
+    (
+        bad(responses=["a", "b"], ranks=[1, 2], scores=[1, 2]),
+        "scores: found [1, 2], expected lists of numbers by axis, such as {helpfulness: [4, 2]}",
+    ),
+    (bad(responses=["a", "b"], ranks=[1, 2], margin="1"), "margin: found '1', expected a number"),
     (bad(chosen="a", rejected="b", margin="1"), "margin: found '1', expected a number"),
     (bad(chosen="a", rejected=""), f"rejected: found '', expected {TEXT_EXPECTED}"),
     (bad("", chosen="a", rejected="b"), f"prompt: found '', expected {PROMPT_EXPECTED}"),
@@ -271,16 +278,6 @@ def test_a_bad_row_is_named_with_file_line_field_found_and_expected(
         f"{source}, line 2, {message}",
         "Mend them, or set them aside: `rlhf run -S prepare.on_bad_row=quarantine`.",
     ]
-
-
-def test_scores_without_their_axis_are_bad() -> None:
-    with pytest.raises(Exception, match="scores"):
-        parse_ranking({"prompt": "hi", "responses": ["a", "b"], "ranks": [1, 2], "scores": [1, 2]})
-
-
-def test_a_chat_message_without_text_is_bad() -> None:
-    with pytest.raises(Exception, match="prompt"):
-        parse_prompt({"prompt": [{"role": "user", "content": "  "}]})
 
 
 def test_a_long_finding_is_shortened() -> None:
@@ -520,6 +517,8 @@ INSERTS = (
 )
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + BODY + OPEN
 BOS = "{{ bos_token }}" + BODY + OPEN
+# as Llama 3.1's, which looks at the first message before it writes any
+BOS_LOOKS = "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% endif %}" + BODY + OPEN
 
 
 def speaking(template: str | None) -> PreTrainedTokenizerFast:
@@ -554,13 +553,19 @@ def test_without_a_template_turns_have_names() -> None:
     assert render_prompt(tokenizer, own, "Be brief.") == "\n\nSystem: Be kind.\n\nHuman: hi\n\nAssistant:"
 
 
-def test_a_template_that_opens_with_bos_keeps_it() -> None:
+@pytest.mark.parametrize("template", [BOS, BOS_LOOKS])
+def test_a_template_that_opens_with_bos_keeps_it(template: str) -> None:
     # As Llama 3's and Gemma's do; cutting off the empty system turn must not take the BOS with it.
-    assert render_prompt(speaking(BOS), HI, "") == "<|im_start|>" + USER
+    tokenizer = speaking(template)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert render_prompt(tokenizer, HI, "") == "<s>" + USER
+    assert render_prompt(tokenizer, HI, "Be brief.") == "<s><|im_start|>system\nBe brief.<|im_end|>\n" + USER
 
 
 def test_a_system_turn_that_the_template_refuses_is_the_users_to_mend() -> None:
-    with pytest.raises(ValueError, match="system"):
+    with pytest.raises(
+        DataError, match=r"takes no system turn \(No system role\)\. Set prepare\.system to '' in params"
+    ):
         render_prompt(speaking(REFUSES), HI, "Be brief.")
 
 
@@ -591,10 +596,10 @@ def test_real_hh_pairs_are_kept_or_quarantined(config: Callable[..., Prepare]) -
     assert why == {(source, "two turns in a row by one speaker"): 7, (source, "an empty turn"): 3}
     assert prepared.duplicates == 0
     assert {split: len(rows) for split, rows in prepared.rankings.items()} == {
-        "train": 642,
-        "validation": 307,
-        "test": 314,
-        "gold": 318,
+        "train": 627,
+        "validation": 329,
+        "test": 287,
+        "gold": 338,
     }  # 1,581
 
 

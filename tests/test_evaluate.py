@@ -173,7 +173,10 @@ def test_proxy_and_gold_are_two_judges(moved: Evaluation) -> None:
 
 
 def test_equal_policies_answer_alike_and_win_half(
-    llama: Path, folders: Callable[..., dict[str, Path]], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+    llama: Path,
+    folders: Callable[..., dict[str, Path]],
+    section: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     found = run(llama, folders(move=False), section("evaluate"), tokenizer)
     for ours, theirs in ((found.sampled["ppo"], found.sampled["sft"]), (found.greedy["ppo"], found.greedy["sft"])):
@@ -188,7 +191,10 @@ def test_equal_policies_answer_alike_and_win_half(
 
 
 def test_the_normaliser_is_applied_to_what_is_reported(
-    llama: Path, folders: Callable[..., dict[str, Path]], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+    llama: Path,
+    folders: Callable[..., dict[str, Path]],
+    section: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     places, config = folders(move=True), section("evaluate", samples_per_prompt=1)
     before = run(llama, places, config, tokenizer)

@@ -35,7 +35,9 @@ def test_where_the_schedule_ends(schedule: str, end: float) -> None:
 
 
 def test_the_rate_reaches_every_group() -> None:
-    optimiser = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}], lr=1)
+    optimiser = torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}], lr=1
+    )
     set_rate(optimiser, 0.25)
     assert [group["lr"] for group in optimiser.param_groups] == [0.25, 0.25]
 

@@ -26,9 +26,10 @@ NORMALISER = Normaliser(0.3, 0.7, 1.0)
 def perturb(roles: Roles, role: str, *, seed: int = 0) -> None:
     """What training does to a role's parameters, in one go."""
     generator = torch.Generator().manual_seed(seed)
+    size = 0.02 if role in roles.full else 0.1
     with torch.no_grad():
         for parameter in roles.trainable(role):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 @pytest.fixture

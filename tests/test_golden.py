@@ -1,0 +1,49 @@
+"""The numbers of a tiny run stay what they are; `make golden` rewrites them, and the difference is reviewed."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+GOLDEN = PROJECT / "tests" / "golden"
+STAGES = ("sft", "reward", "ppo")
+# float32 on another processor: its matrix kernels add in another order, and every optimiser step carries that on.
+LOOSE = {"rel": 1e-4, "abs": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    spec = importlib.util.spec_from_file_location("golden", PROJECT / "scripts" / "golden.py")
+    assert spec is not None
+    assert spec.loader is not None
+    golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden)
+    return golden.measure_all(tmp_path_factory.mktemp("golden"))
+
+
+def expected(stage: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / f"{stage}.json").read_text(encoding="utf-8"))
+
+
+def test_there_is_one_file_a_stage() -> None:
+    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{stage}.json" for stage in STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_final_numbers_are_the_golden_ones(found: dict[str, dict[str, Any]], stage: str) -> None:
+    assert found[stage]["final"] == pytest.approx(expected(stage)["final"], **LOOSE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_step_is_the_golden_one(found: dict[str, dict[str, Any]], stage: str) -> None:
+    ours, theirs = found[stage]["history"], expected(stage)["history"]
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, **LOOSE)
+
+
+def test_the_same_responses_are_sampled(found: dict[str, dict[str, Any]]) -> None:
+    assert found["ppo"]["responses"] == expected("ppo")["responses"]
