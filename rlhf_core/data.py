@@ -463,11 +463,18 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message],
 
 
 def _before_turns(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before any turn: BOS, or nothing."""
+    """What stands before any turn: BOS, or nothing.
+
+    Found from a system turn given once and twice, since `apply_chat_template` takes no empty list, and since a
+    template may insert a turn of its own where none of the system's is given.
+    """
+    turn = {"role": "system", "content": ""}
     try:
-        return _template(tokenizer, [], False)
-    except Exception:  # as above; a template that looks at its first message
+        once, twice = _template(tokenizer, [turn], False), _template(tokenizer, [turn, turn], False)
+    except Exception:  # as above
         return ""
+    repeated = twice.removeprefix(once)
+    return once.removesuffix(repeated) if repeated and once.endswith(repeated) else ""
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], generation: bool) -> str:

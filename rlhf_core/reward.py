@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
-from rlhf_core.functional import ranking_loss
+from rlhf_core.functional import masked_mean, ranking_loss
 from rlhf_core.models import REFERENCE, Roles
 from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Ranking, Sampled
@@ -75,10 +75,15 @@ def score_rankings(
 
 
 def centering(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
-    """Mean of (better + worse)² over all pairs that are not ties: the scores' free constant, pulled to 0."""
+    """Mean over rankings of the mean of (better + worse)² over their pairs that are not ties, as `ranking_loss` weighs.
+
+    It pulls the scores' free constant to 0 (Eisenstein et al. 2023, arXiv:2312.09244, eq. 5).
+    """
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
     sums_BKK = scores_BK[:, :, None] + scores_BK[:, None, :]
-    return sums_BKK[better_BKK].square().sum() / better_BKK.sum().clamp(min=1)
+    count_B = better_BKK.sum((1, 2))
+    mean_B = sums_BKK.square().masked_fill(~better_BKK, 0).sum((1, 2)) / count_B.clamp(min=1)
+    return masked_mean(mean_B, count_B > 0)
 
 
 @torch.no_grad()
