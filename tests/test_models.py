@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_core import models
 from rlhf_core.errors import MissingArtifact
@@ -104,25 +104,26 @@ def test_a_gpt2_falls_back_to_the_whole_model(gpt2: Path, section: Callable[...,
 def test_a_model_that_scales_its_embeddings_is_found_out(
     tmp_path: Path, section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    # Gemma has all that a cut needs, and multiplies what it embeds by √d: cutting it would do so twice.
-    config = GemmaConfig(
+    # Granite has all that a cut needs, and multiplies whatever comes into its layers: cut, it would do so twice.
+    config = GraniteConfig(
         vocab_size=300,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         initializer_range=0.2,
+        embedding_multiplier=3.0,
     )
     torch.manual_seed(0)
-    GemmaForCausalLM(config).save_pretrained(tmp_path / "gemma")
-    tokenizer.save_pretrained(tmp_path / "gemma")
-    roles = Roles(tmp_path / "gemma", section("sft", lora_layers=1))
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    tokenizer.save_pretrained(tmp_path / "granite")
+    roles = Roles(tmp_path / "granite", section("sft", lora_layers=1))
     roles.add("policy")
+    assert roles.depth == 0
     hidden_BSD = roles.hidden(trunk_of(roles), "policy")
     for index, row in enumerate(ROWS):
-        torch.testing.assert_close(hidden_BSD[index, : len(row)], plain(tmp_path / "gemma", row)[0], **CLOSE)
+        torch.testing.assert_close(hidden_BSD[index, : len(row)], plain(tmp_path / "granite", row)[0], **CLOSE)
 
 
 @torch.no_grad()

@@ -1,0 +1,117 @@
+"""The tiny recipe end to end: real stages through a real `dvc repro`, what they leave, and that it can be repeated."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from toy import PROJECT
+
+from flows.recipe import make_workspace
+from rlhf_core.config import load_params
+from tasks.pipeline import STAGES, apply_overrides
+
+pytestmark = pytest.mark.slow
+
+POLICY_KEYS = {"reward", "gold_reward", "kl", "perplexity", "response_length", "eos_rate", "distinct_2"}
+PAIR_KEYS = {"gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "length_controlled_win_rate", "longest_wins"}
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    env = {**os.environ, "MLFLOW_TRACKING_URI": store(folder), "RLHF_MIN_FREE_GB": "0.5"}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    env.pop("DVC_ROOT", None)
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def store(folder: Path) -> str:
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_workspace("tiny", folder, project=PROJECT)
+    dvc(folder, "repro")
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_stage_leaves_what_dvc_yaml_names(workspace: Path) -> None:
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    head = {"score.json", "score_head.safetensors"}
+    expected = {
+        "artifacts/sft/model": adapter,
+        "artifacts/reward/model": adapter | head,
+        "artifacts/reward/gold": adapter | head,
+        "artifacts/ppo/policy": adapter,
+        "artifacts/ppo/value": adapter | head,
+        "artifacts/evaluate": {"report.html", "answers.jsonl"},
+        "metrics": {f"{stage}.json" for stage in STAGES},
+    }
+    for folder, names in expected.items():
+        assert {path.name for path in (workspace / folder).iterdir()} - {".gitignore"} == names, folder
+    kinds = ("demonstrations", "rankings", "prompts")
+    splits = ("train", "validation", "test", "gold")
+    prepared = {path.name for path in (workspace / "data/prepared").iterdir()}
+    assert prepared == {f"{kind}_{split}.jsonl" for kind in kinds for split in splits}
+
+
+def test_the_loops_take_the_steps_that_params_yaml_asks_for(workspace: Path) -> None:
+    params = load_params(workspace / "params.yaml")
+    train = len((workspace / "data/prepared/demonstrations_train.jsonl").read_text().splitlines())
+    sft_steps = params.sft.epochs * -(-train // params.sft.batch_size)
+    assert [row["step"] for row in rows(workspace / "plots/sft.csv")] == [str(step) for step in range(sft_steps + 1)]
+    ppo = rows(workspace / "plots/ppo.csv")
+    assert [row["step"] for row in ppo] == [str(update) for update in range(1, params.ppo.updates + 1)]
+    assert not [name for name in ppo[0] if name.endswith("_per_second")]
+
+
+def test_the_evaluation_has_its_fixed_names(workspace: Path) -> None:
+    found = json.loads((workspace / "metrics/evaluate.json").read_text())
+    assert all(set(found[policy]) >= POLICY_KEYS for policy in ("base", "sft", "ppo"))
+    assert all(set(found[pair]) >= PAIR_KEYS | {"prompts"} for pair in ("ppo_vs_sft", "sft_vs_base"))
+    assert found["sft"]["kl"] == 0.0
+    reward = json.loads((workspace / "metrics/reward.json").read_text())
+    assert set(reward) >= {"accuracy", "pairs", "ece", "ece_scaled", "longest_wins"}
+
+
+def test_a_bare_repro_is_recorded_as_one_pipeline_run_with_a_nested_run_a_stage(workspace: Path) -> None:
+    client = MlflowClient(store(workspace))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, filter_string="tags.`rlhf.kind` = 'stage'")
+    first = {run.data.tags["rlhf.stage"]: run for run in sorted(found, key=lambda run: -run.info.start_time)}
+    assert set(first) == set(STAGES)
+    assert len({run.data.tags["mlflow.parentRunId"] for run in first.values()}) == 1
+    for stage, run in first.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["rlhf.door"] == "dvc"
+        key = run.data.tags["rlhf.run_key"]
+        # DVC keeps no run-cache entry of a stage with an output that persists, which prepare has.
+        assert stage == "prepare" or (workspace / ".dvc/cache/runs" / key[:2] / key).is_dir()
+    assert "ppo/kl" in first["ppo"].data.metrics
+
+
+def test_nothing_is_left_to_do_and_doing_it_again_gives_the_same_bytes(workspace: Path) -> None:
+    assert "up to date" in dvc(workspace, "status")
+    assert "Running stage" not in dvc(workspace, "repro")
+    before = (workspace / "dvc.lock").read_text()
+    dvc(workspace, "repro", "--force")
+    assert (workspace / "dvc.lock").read_text() == before
+
+
+def test_another_kl_coefficient_runs_ppo_and_evaluate_only(workspace: Path) -> None:
+    apply_overrides(["ppo.kl_coef=0.2"], root=workspace)
+    ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
+    assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':"]
