@@ -203,3 +203,16 @@ def test_the_normaliser_is_applied_to_what_is_reported(
     for ours, theirs in zip(before.sampled["ppo"], after.sampled["ppo"], strict=True):
         assert ours.gold_reward == pytest.approx((theirs.gold_reward - 0.5) / 2.0, rel=1e-5, abs=1e-6)  # float32
         assert ours.reward == theirs.reward
+
+
+def test_a_greedy_answer_does_not_hang_on_the_seed(
+    llama: Path,
+    folders: Callable[..., dict[str, Path]],
+    section: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    places = folders(move=True)
+    first, other = (run(llama, places, section("evaluate", seed=seed), tokenizer) for seed in (0, 1))
+    for policy in POLICIES:
+        assert [one.text for one in first.greedy[policy]] == [one.text for one in other.greedy[policy]]
+        assert [one.text for one in first.sampled[policy]] != [one.text for one in other.sampled[policy]]

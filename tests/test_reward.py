@@ -93,11 +93,12 @@ def test_rankings_of_any_size_are_scored_as_their_rows_alone(llama: Path, sectio
 
 
 def test_centering_by_hand() -> None:
-    # Row 1: pairs (1, 2) and (1, 4): 3² + 5². Row 2: one pair (3, −1): 2², its third place is no response.
-    scores_BK = torch.tensor([[1.0, 2.0, 4.0], [3.0, -1.0, 9.0]], dtype=torch.float64)
-    ranks_BK = torch.tensor([[1, 2, 2], [1, 2, 0]])
-    mask_BK = torch.tensor([[True, True, True], [True, True, False]])
-    assert centering(scores_BK, ranks_BK, mask_BK).item() == pytest.approx((9 + 25 + 4) / 3, rel=1e-12)
+    # Row 1: pairs (1, 2) and (1, 4): (3² + 5²) / 2 = 17. Row 2: one pair (3, −1): 2², its third place is no response.
+    # Row 3 is a tie and has no say. Rankings weigh the same, as in the loss: (17 + 4) / 2.
+    scores_BK = torch.tensor([[1.0, 2.0, 4.0], [3.0, -1.0, 9.0], [5.0, 6.0, 9.0]], dtype=torch.float64)
+    ranks_BK = torch.tensor([[1, 2, 2], [1, 2, 0], [1, 1, 0]])
+    mask_BK = torch.tensor([[True, True, True], [True, True, False], [True, True, False]])
+    assert centering(scores_BK, ranks_BK, mask_BK).item() == pytest.approx((17 + 4) / 2, rel=1e-12)
     assert centering(scores_BK, torch.ones_like(ranks_BK), mask_BK).item() == 0  # nothing but ties
 
 
