@@ -229,6 +229,8 @@ def sync() -> None:
 
 def main() -> None:
     """Entry point: every error that a user can mend is one message and exit code 1."""
+    # A shell starts background jobs with SIGINT ignored; `kill -INT` shall stop a run all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped too
     try:
         app()

@@ -35,6 +35,7 @@ MODEL_ALIAS = "current"  # MLflow keeps "latest" for itself: models:/NAME/latest
 PATIENCE_SECONDS = 10.0  # how long a stage's end waits for MLflow; RLHF_TRACKER_PATIENCE overrides
 _LONGEST_PAUSE = 60.0
 _TABLE_SECONDS = 60.0  # a growing table is sent again at most this often, and at the end
+_JOIN_SECONDS = 2.0  # how long a stage that gives up waits for the request that is under way
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 
 
@@ -187,12 +188,17 @@ class Replay:
     _tables_sent: float = field(default_factory=time.monotonic)
     _last_time: int = 0
 
-    def pump(self) -> None:
+    def pump(self, stop: threading.Event | None = None) -> None:
         """Send what has been appended since the last call; an exception leaves the place for the next call.
+
+        Args:
+            stop: checked before each step; once set, nothing more is sent.
 
         Raises: whatever MLflow's client raises where the store does not answer.
         """
         for events, offset in self._groups():
+            if stop is not None and stop.is_set():
+                return
             self._guarded(events)
             self._offset = offset
             self._last_time = events[-1]["time"]
@@ -500,6 +506,8 @@ class MLflowTracker:
         sent = self._done.wait(patience)
         self._given_up.set()
         if not sent:
+            # What is under way must end before others may have the journal, or both would send it.
+            self._thread.join(_JOIN_SECONDS)
             print(
                 f"MLflow at {_shown(self.uri)} did not take this run's numbers ({self._problem or 'no answer'}). "
                 f"They are kept in {self._journal.path}; send them with `rlhf sync`.",
@@ -523,7 +531,7 @@ class MLflowTracker:
         while not self._given_up.is_set():
             self._wake.clear()
             try:
-                self._replay.pump()
+                self._replay.pump(self._given_up)
                 if self._replay.ended:
                     self._done.set()
                     return
