@@ -11,7 +11,7 @@ from rlhf_core.errors import TrainingDiverged
 
 
 def adamw(parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with ε = 1e-5, as in the published PPO code bases (Huang et al. 2024, arXiv:2403.17031, detail 6)."""
+    """AdamW with ε = 1e-5, as in the published PPO code bases (Huang et al. 2024, arXiv:2403.17031)."""
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-5)
 
 

@@ -77,7 +77,7 @@ def score_rankings(
 def centering(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
     """Mean over rankings of the mean of (better + worse)² over their pairs that are not ties, as `ranking_loss` weighs.
 
-    It pulls the scores' free constant to 0 (Eisenstein et al. 2023, arXiv:2312.09244, eq. 5).
+    It pulls the scores' free constant to 0 (Eisenstein et al. 2023, arXiv:2312.09244).
     """
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
     sums_BKK = scores_BK[:, :, None] + scores_BK[:, None, :]
