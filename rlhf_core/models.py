@@ -318,7 +318,7 @@ class Roles(nn.Module):
         return depth if same else 0
 
     def _model_of(self, role: str) -> Any:
-        return dict(self.full.items()).get(role, self.model)
+        return self.full[role] if role in self.full else self.model  # noqa: SIM401  (a ModuleDict has no get)
 
     def _bare(self) -> Any:
         """A copy's source: the model without adapters."""

@@ -79,7 +79,7 @@ def centering(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
 
     It pulls the scores' free constant to 0 (Eisenstein et al. 2023, arXiv:2312.09244).
     """
-    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
+    better_BKK = _better(ranks_BK, mask_BK)
     sums_BKK = scores_BK[:, :, None] + scores_BK[:, None, :]
     count_B = better_BKK.sum((1, 2))
     mean_B = sums_BKK.square().masked_fill(~better_BKK, 0).sum((1, 2)) / count_B.clamp(min=1)
@@ -200,8 +200,13 @@ def validation_loss(judged: Judged) -> float:
     return float(np.logaddexp(0, -judged.margins).mean())
 
 
+def _better(ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """(B, K, K) bool, True at [b, i, j] where response i is ranked before response j."""
+    return (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
+
+
 def _count_right(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> tuple[float, int]:
-    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
+    better_BKK = _better(ranks_BK, mask_BK)
     right_BKK = better_BKK & (scores_BK[:, :, None] > scores_BK[:, None, :])
     return float(right_BKK.sum()), int(better_BKK.sum())
 
