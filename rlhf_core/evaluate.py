@@ -17,13 +17,14 @@ from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
 from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
-from rlhf_core.reward import score_samples
 from rlhf_core.rollouts import sample
 from rlhf_core.sft import encode_demonstrations, perplexity
 from rlhf_core.statistics import distinct_n, length_controlled_win_rate, longest_wins, win_rate
 from rlhf_core.tracking import Tracker
 
 POLICIES = ("base", "sft", "ppo")
+JUDGES = ("reward", "gold")
+MEASURED_ROWS = 16  # rows in one forward pass when responses are measured
 
 
 class Response(NamedTuple):
@@ -152,43 +153,39 @@ def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluat
 def _measure(
     base: Roles, tuned: Roles, policy: str, answers: Sampled, temperature: float, tokenizer: PreTrainedTokenizerBase
 ) -> list[Response]:
-    count = len(answers.stopped_B)
-    kl_B = torch.zeros(count)
-    if policy != "sft":
-        roles, role = (base, REFERENCE) if policy == "base" else (tuned, "ppo")
-        own_BT = _logprobs(roles, role, answers, temperature)
-        ref_BT = _logprobs(tuned, REFERENCE, answers, temperature)
-        kl_B = (own_BT - ref_BT).masked_fill(~answers.mask_BT, 0).sum(1)
+    responses = answers.responses()
+    kl_B = torch.zeros(len(responses))
+    raw = {judge: torch.zeros(len(responses)) for judge in JUDGES}
+    # By length, so that little padding is computed.
+    order = sorted(range(len(responses)), key=lambda row: len(answers.prompts[row]) + len(responses[row]))
+    for start in range(0, len(order), MEASURED_ROWS):
+        rows = order[start : start + MEASURED_ROWS]
+        packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
+        trunk = tuned.trunk(packed)  # once, for the reference, the PPO policy and both judges
+        answer = (packed.ids_BT, packed.mask_BT)
+        if policy != "sft":
+            ref_BT, _ = tuned.logprobs(trunk, REFERENCE, *answer, temperature=temperature)
+            own = (base.trunk(packed), REFERENCE) if policy == "base" else (trunk, "ppo")
+            own_BT, _ = (base if policy == "base" else tuned).logprobs(*own, *answer, temperature=temperature)
+            kl_B[rows] = (own_BT - ref_BT).sum(1).cpu()  # both are 0 beyond the response
+        for judge, scores_B in raw.items():
+            scores_B[rows] = tuned.scores(trunk, judge).cpu()
     scores = {}
-    for judge in ("reward", "gold"):
+    for judge, scores_B in raw.items():
         mean, std, _ = tuned.normalisers[judge]
-        scores[judge] = ((score_samples(tuned, judge, answers) - mean) / std).tolist()
+        scores[judge] = ((scores_B - mean) / std).tolist()
     return [
         Response(
             prompt=row,
-            text=str(tokenizer.decode(answers.ids_BT[row][answers.mask_BT[row]], skip_special_tokens=True)).strip(),
-            tokens=int(answers.mask_BT[row].sum()),
+            text=str(tokenizer.decode(response, skip_special_tokens=True)).strip(),
+            tokens=len(response),
             stopped=bool(answers.stopped_B[row]),
             reward=scores["reward"][row],
             gold_reward=scores["gold"][row],
             kl=float(kl_B[row]),
         )
-        for row in range(count)
+        for row, response in enumerate(responses)
     ]
-
-
-def _logprobs(roles: Roles, role: str, answers: Sampled, temperature: float, *, size: int = 16) -> torch.Tensor:
-    """(B, T) log-probs of the responses under a role, on the CPU."""
-    found_BT = torch.zeros(answers.mask_BT.shape)
-    responses = answers.responses()
-    # By length, so that little padding is computed.
-    order = sorted(range(len(responses)), key=lambda row: len(answers.prompts[row]) + len(responses[row]))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
-        part, _ = roles.logprobs(roles.trunk(packed), role, packed.ids_BT, packed.mask_BT, temperature=temperature)
-        found_BT[rows, : part.shape[1]] = part.cpu()
-    return found_BT
 
 
 def _summary(responses: Sequence[Response]) -> dict[str, float]:

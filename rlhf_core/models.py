@@ -19,6 +19,7 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core.base import set_pad
@@ -56,6 +57,24 @@ class Trunk(NamedTuple):
         """The trunk of some of its rows, trimmed to their longest."""
         stop = int(self.mask_BS[index].sum(1).max())
         return Trunk(*(part[index, :stop] for part in self))
+
+
+class TrunkCache:
+    """Trunks of rows that come again: by a second epoch, the layers that all roles share need no computing.
+
+    It holds the first rows that it sees, up to a limit; what is computed does not hang on chance.
+    """
+
+    def __init__(self, limit_bytes: int = 1 << 30) -> None:
+        self.room = limit_bytes
+        self.states: dict[tuple[int, ...], Tensor] = {}  # a row's ids -> (S, D)
+
+    def keep(self, ids: tuple[int, ...], states_SD: Tensor) -> None:
+        """Hold a row's states if there is room left."""
+        size = states_SD.nbytes
+        if ids not in self.states and size <= self.room:
+            self.states[ids] = states_SD.clone()  # a slice would hold its whole batch
+            self.room -= size
 
 
 class Normaliser(NamedTuple):
@@ -206,14 +225,28 @@ class Roles(nn.Module):
 
     # ---- forward
 
-    def trunk(self, packed: Packed) -> Trunk:
-        """What all roles share of a batch. No gradient passes it."""
+    def trunk(self, packed: Packed, cache: TrunkCache | None = None) -> Trunk:
+        """What all roles share of a batch. No gradient passes it.
+
+        Args:
+            cache: where rows are looked up that may have come before. It serves one `Roles`, and must be dropped when
+                a role is added, since the new role may share fewer layers.
+        """
         ids_BS, mask_BS, predicts_BS = (part.to(self.device) for part in packed[:3])
         if self.depth == 0:
             return Trunk(ids_BS, mask_BS, predicts_BS)
-        with torch.no_grad():
-            lower = self._view(self.model, slice(0, self.depth))
-            return Trunk(_run(lower, mask_BS, input_ids=ids_BS), mask_BS, predicts_BS)
+        if cache is None:
+            return Trunk(self._lower(ids_BS, mask_BS), mask_BS, predicts_BS)
+        rows = [tuple(ids_S[mask_S].tolist()) for ids_S, mask_S in zip(packed.ids_BS, packed.mask_BS, strict=True)]
+        states = [cache.states.get(row) for row in rows]
+        new = [index for index, found in enumerate(states) if found is None]
+        if new:
+            width = max(len(rows[index]) for index in new)
+            computed = self._lower(ids_BS[new, :width], mask_BS[new, :width])
+            for index, states_SD in zip(new, computed, strict=True):
+                states[index] = states_SD[: len(rows[index])]
+                cache.keep(rows[index], states[index])
+        return Trunk(pad_sequence(states, batch_first=True), mask_BS, predicts_BS)
 
     def hidden(self, trunk: Trunk, role: str) -> Tensor:
         """(B, S, D) last hidden states of a role, final norm included."""
@@ -253,7 +286,15 @@ class Roles(nn.Module):
         hidden_ND = self.hidden(trunk, role)[trunk.predicts_BS]
         return _spread(self.heads[role](hidden_ND).squeeze(-1).float(), mask_BT.to(self.device))
 
-    def score_rows(self, rows: Sequence[Sequence[int]], role: str, pad_id: int, *, size: int = SCORED_ROWS) -> Tensor:
+    def score_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        role: str,
+        pad_id: int,
+        *,
+        size: int = SCORED_ROWS,
+        cache: TrunkCache | None = None,
+    ) -> Tensor:
         """(N,) raw outputs of the role's scalar head at the end of each row of ids, in the order given.
 
         Rows of like length are computed together, so that little padding is; gradients flow as usual.
@@ -262,7 +303,7 @@ class Roles(nn.Module):
         parts = []
         for start in range(0, len(order), size):
             packed = pack([rows[row] for row in order[start : start + size]], None, pad_id)
-            parts.append(self.scores(self.trunk(packed), role))
+            parts.append(self.scores(self.trunk(packed, cache), role))
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.tensor(order)] = torch.arange(len(order))
         return torch.cat(parts)[place.to(self.device)]
@@ -286,6 +327,10 @@ class Roles(nn.Module):
         return self._depth
 
     # ---- inside
+
+    @torch.no_grad()
+    def _lower(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        return _run(self._view(self.model, slice(0, self.depth)), mask_BS, input_ids=ids_BS)
 
     def _new_adapter(self) -> LoraConfig:
         training = self.training_section

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
 from rlhf_core.functional import masked_mean, ranking_loss
-from rlhf_core.models import REFERENCE, Roles
+from rlhf_core.models import REFERENCE, Roles, TrunkCache
 from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Ranking, Sampled
 from rlhf_core.rollouts import sample
@@ -63,13 +63,13 @@ def encode_rankings(
 
 
 def score_rankings(
-    roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int
+    roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int, cache: TrunkCache | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, K) raw scores, ranks and the mask of real responses, K being the most that any ranking has."""
     width = max(len(ranking.ids) for ranking in rankings)
     mask_BK = torch.tensor([[k < len(ranking.ids) for k in range(width)] for ranking in rankings])
     ranks_BK = torch.tensor([[*ranking.ranks, *[0] * (width - len(ranking.ranks))] for ranking in rankings])
-    scores = roles.score_rows([ids for ranking in rankings for ids in ranking.ids], role, pad_id)
+    scores = roles.score_rows([ids for ranking in rankings for ids in ranking.ids], role, pad_id, cache=cache)
     scores_BK = torch.zeros(mask_BK.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask_BK, scores)
     return scores_BK, ranks_BK, mask_BK
 
@@ -88,13 +88,19 @@ def centering(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judge_rankings(
-    roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int, *, size: int = 16
+    roles: Roles,
+    role: str,
+    rankings: Sequence[EncodedRanking],
+    pad_id: int,
+    *,
+    size: int = 16,
+    cache: TrunkCache | None = None,
 ) -> Judged:
     """The margins of all pairs that are not ties."""
     margins, differences = [], []
     for start in range(0, len(rankings), size):
         part = rankings[start : start + size]
-        scores_BK, _, _ = score_rankings(roles, role, part, pad_id)
+        scores_BK, _, _ = score_rankings(roles, role, part, pad_id, cache)
         for ranking, scores in zip(part, scores_BK.tolist(), strict=True):
             for i, rank_i in enumerate(ranking.ranks):
                 for j, rank_j in enumerate(ranking.ranks):
@@ -119,11 +125,13 @@ def train_reward(
     pad_id: int,
     tracker: Tracker,
     prefix: str = "reward",
+    cache: TrunkCache | None = None,
 ) -> dict[str, Any]:
     """Train a role that has a scalar head, and leave it at the epoch with the best validation loss.
 
     Args:
         prefix: first word of the metrics' names, and what the progress line says.
+        cache: trunks of rows that were seen before, in another epoch or for another role.
 
     Returns:
         Final metrics: `validation_accuracy`, `validation_loss` (the kept epoch's), `best_epoch`, `steps`, `tokens`.
@@ -137,7 +145,7 @@ def train_reward(
     optimiser = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     warmup = round(config.warmup_fraction * steps)
-    best = validation_loss(judge_rankings(roles, role, validation, pad_id))
+    best = validation_loss(judge_rankings(roles, role, validation, pad_id, cache=cache))
     best_epoch, best_accuracy = 0, 0.0
     kept = [value.detach().clone() for value in parameters]
     step = tokens = 0
@@ -152,7 +160,7 @@ def train_reward(
             for start in range(0, len(batch), config.micro_batch_size):
                 part = batch[start : start + config.micro_batch_size]
                 weight = sum(len(set(ranking.ranks)) > 1 for ranking in part) / counted
-                scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id)
+                scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id, cache)
                 ranked = ranking_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
                 centred = centering(scores_BK, ranks_BK, mask_BK)
                 ((ranked + config.center_coef * centred) * weight).backward()
@@ -175,7 +183,7 @@ def train_reward(
             )
             note = f"{prefix} loss {loss:.3f}  accuracy {right_share:.2f}"
             tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=note)
-        judged = judge_rankings(roles, role, validation, pad_id)
+        judged = judge_rankings(roles, role, validation, pad_id, cache=cache)
         current, current_accuracy = validation_loss(judged), accuracy(judged)
         tracker.metrics(
             {f"{prefix}/validation_loss": current, f"{prefix}/validation_accuracy": current_accuracy}, step=step

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import SFT
 from rlhf_core.data import encode_prompt, encode_response
-from rlhf_core.models import Roles, pack
+from rlhf_core.models import Roles, TrunkCache, pack
 from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Demonstration
 from rlhf_core.tracking import Tracker
@@ -46,21 +46,29 @@ def encode_demonstrations(
 
 
 def response_logprobs(
-    roles: Roles, role: str, examples: Sequence[Example], pad_id: int
+    roles: Roles, role: str, examples: Sequence[Example], pad_id: int, cache: TrunkCache | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) log-probs of each response token in nats, and the mask that is True where there is one."""
     packed = pack([example.prompt for example in examples], [example.response for example in examples], pad_id)
-    logprobs_BT, _ = roles.logprobs(roles.trunk(packed), role, packed.ids_BT, packed.mask_BT, temperature=1.0)
+    logprobs_BT, _ = roles.logprobs(roles.trunk(packed, cache), role, packed.ids_BT, packed.mask_BT, temperature=1.0)
     return logprobs_BT, packed.mask_BT.to(logprobs_BT.device)
 
 
 @torch.no_grad()
-def perplexity(roles: Roles, role: str, examples: Sequence[Example], pad_id: int, *, batch_size: int = 16) -> float:
+def perplexity(
+    roles: Roles,
+    role: str,
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    batch_size: int = 16,
+    cache: TrunkCache | None = None,
+) -> float:
     """exp of the mean negative log-likelihood a response token, every token weighing the same."""
     total, count = 0.0, 0
     ordered = sorted(examples, key=len)
     for start in range(0, len(ordered), batch_size):
-        logprobs_BT, mask_BT = response_logprobs(roles, role, ordered[start : start + batch_size], pad_id)
+        logprobs_BT, mask_BT = response_logprobs(roles, role, ordered[start : start + batch_size], pad_id, cache)
         total -= logprobs_BT[mask_BT].double().sum().item()
         count += int(mask_BT.sum())
     return math.exp(total / count)
@@ -79,12 +87,12 @@ def train_sft(
         TrainingDiverged: a gradient is not finite.
     """
     torch.manual_seed(config.seed)
-    order = torch.Generator().manual_seed(config.seed)
+    order, cache = torch.Generator().manual_seed(config.seed), TrunkCache()
     parameters = roles.trainable(POLICY)
     optimiser = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     warmup = round(config.warmup_fraction * steps)
-    base_perplexity = best = perplexity(roles, POLICY, validation, pad_id)
+    base_perplexity = best = perplexity(roles, POLICY, validation, pad_id, cache=cache)
     tracker.metrics({"sft/validation_perplexity": base_perplexity}, step=0)
     best_epoch, kept, seen_tokens, step = 0, [value.detach().clone() for value in parameters], 0, 0
     for epoch in range(1, config.epochs + 1):
@@ -98,7 +106,7 @@ def train_sft(
             loss = 0.0
             for start in range(0, len(batch), config.micro_batch_size):
                 logprobs_BT, mask_BT = response_logprobs(
-                    roles, POLICY, batch[start : start + config.micro_batch_size], pad_id
+                    roles, POLICY, batch[start : start + config.micro_batch_size], pad_id, cache
                 )
                 part = -logprobs_BT.masked_fill(~mask_BT, 0).sum() / token_count
                 part.backward()
@@ -111,7 +119,7 @@ def train_sft(
             seen_tokens += batch_tokens
             tracker.metrics({"sft/loss": loss, "sft/grad_norm": norm, "sft/learning_rate": rate}, step=step)
             tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=f"loss {loss:.3f}")
-        current = perplexity(roles, POLICY, validation, pad_id)
+        current = perplexity(roles, POLICY, validation, pad_id, cache=cache)
         tracker.metrics({"sft/validation_perplexity": current, "sft/epoch": epoch}, step=step)
         if current < best:
             best, best_epoch, kept = current, epoch, [value.detach().clone() for value in parameters]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rlhf_core.data import encode_prompt, load_prepared
-from rlhf_core.models import Normaliser, Roles, load_tokenizer
+from rlhf_core.models import Normaliser, Roles, TrunkCache, load_tokenizer
 from rlhf_core.reward import (
     encode_rankings,
     judge_rankings,
@@ -44,16 +44,19 @@ def main() -> None:
         run.log_dataset("prepared", PREPARED, **{f"rankings_{split}": len(rows) for split, rows in rankings.items()})
         torch.manual_seed(config.seed)
         roles = Roles(SFT_MODEL, config)
-        final, qualities = {}, {}
+        final, qualities, cache = {}, {}, TrunkCache()
         for role in FOLDERS:
             roles.add(role, method=config.method, head=True)
         for role, split in SPLIT_OF.items():
             trained = train_reward(
                 roles, role, rankings[split], rankings["validation"], config, pad_id=pad_id, tracker=run,
-                prefix=PREFIX[role],
+                prefix=PREFIX[role], cache=cache,
             )  # fmt: skip
-            temperature = temperature_of(judge_rankings(roles, role, rankings["validation"], pad_id))
-            qualities[role] = measure(judge_rankings(roles, role, rankings["test"], pad_id), temperature)
+            judged = {
+                split: judge_rankings(roles, role, rankings[split], pad_id, cache=cache)
+                for split in ("validation", "test")
+            }
+            qualities[role] = measure(judged["test"], temperature_of(judged["validation"]))
             final[role] = {**qualities[role].metrics, **trained}
         prompts = load_prepared(PREPARED, "prompts", ["train", "validation"])[: config.norm_samples]
         statistics = normalise_on_samples(

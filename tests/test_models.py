@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from rlhf_core import models
 from rlhf_core.errors import MissingArtifact
-from rlhf_core.models import REFERENCE, Normaliser, Roles, Trunk, load_policy, load_tokenizer, pack, pad_right
+from rlhf_core.models import (
+    REFERENCE,
+    Normaliser,
+    Roles,
+    Trunk,
+    TrunkCache,
+    load_policy,
+    load_tokenizer,
+    pack,
+    pad_right,
+)
 
 # PEFT sees by itself that GPT-2's Conv1D is transposed, and says so each time.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
@@ -136,6 +146,53 @@ def test_rows_of_a_trunk_are_trimmed_and_mean_the_same(llama: Path) -> None:
     hidden = roles.hidden(part, REFERENCE)
     torch.testing.assert_close(hidden[0, :3], plain(llama, ROWS[2])[0], **CLOSE)
     torch.testing.assert_close(hidden[1], plain(llama, ROWS[0])[0], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit_bytes", [1 << 20, 900, 0])
+def test_a_cached_trunk_means_the_same(llama: Path, section: Callable[..., Any], limit_bytes: int) -> None:
+    roles, cache = Roles(llama, section("reward")), TrunkCache(limit_bytes)
+    roles.add("reward", head=True)
+    perturb(roles, "reward")
+    for rows in (ROWS[:2], [ROWS[2], ROWS[0]], ROWS, [ROWS[1]]):
+        packed = pack(rows, None, 0)
+        kept, plainly = roles.trunk(packed, cache), roles.trunk(packed)
+        assert kept.mask_BS.equal(plainly.mask_BS)
+        assert kept.predicts_BS.equal(plainly.predicts_BS)
+        torch.testing.assert_close(kept.states[kept.mask_BS], plainly.states[kept.mask_BS], **CLOSE)
+        scores_B = roles.score_rows(rows, "reward", 0, size=2, cache=cache)
+        torch.testing.assert_close(scores_B, roles.scores(plainly, "reward"), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cached_row_is_not_computed_again(
+    llama: Path, section: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles, cache = Roles(llama, section("reward")), TrunkCache()
+    roles.add("reward", head=True)
+    computed: list[list[int]] = []
+    lower = Roles._lower
+
+    def counted(self: Roles, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
+        computed.extend(ids_S[mask_S].tolist() for ids_S, mask_S in zip(ids_BS, mask_BS, strict=True))
+        return lower(self, ids_BS, mask_BS)
+
+    monkeypatch.setattr(Roles, "_lower", counted)
+    roles.trunk(pack(ROWS[:1], None, 0), cache)
+    roles.trunk(pack(ROWS, None, 0), cache)
+    roles.trunk(pack(ROWS, None, 0), cache)
+    assert computed == ROWS
+
+
+def test_a_trunk_cache_stays_within_its_limit(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("reward"))
+    roles.add("reward", head=True)
+    width = roles.model.config.hidden_size * 4  # bytes a token
+    cache = TrunkCache(limit_bytes=width * (len(ROWS[0]) + len(ROWS[2])))
+    roles.trunk(pack([ROWS[0], ROWS[1], ROWS[2]], None, 0), cache)
+    assert set(cache.states) == {tuple(ROWS[0]), tuple(ROWS[2])}
+    held = sum(states_SD.untyped_storage().nbytes() for states_SD in cache.states.values())
+    assert held == width * (len(ROWS[0]) + len(ROWS[2]))
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
