@@ -165,6 +165,17 @@ def test_a_cached_trunk_means_the_same(llama: Path, section: Callable[..., Any],
 
 
 @torch.no_grad()
+def test_a_cached_row_does_not_hang_on_its_neighbours(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("reward"))
+    roles.add("reward", head=True)
+    together, alone = TrunkCache(), TrunkCache()
+    roles.trunk(pack(ROWS, None, 0), together)
+    for row in ROWS:
+        roles.trunk(pack([row], None, 0), alone)
+    assert all(alone.states[ids].equal(together.states[ids]) for ids in together.states)
+
+
+@torch.no_grad()
 def test_a_cached_row_is_not_computed_again(
     llama: Path, section: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
