@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test lint format ui prefect-ui repro golden mutants lock clean preflight
+.PHONY: help run tiny test test-resume lint format ui prefect-ui repro golden mutants lock clean preflight
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,6 +22,9 @@ tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in unde
 test: $(VENV)/.installed ## lint, types, tests
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest
+
+test-resume: $(VENV)/.installed ## kill the tiny recipe ten times; it has to end with the same bytes
+	@$(BIN)/python -m pytest -m resume
 
 lint: $(VENV)/.installed ## what pre-commit checks
 	$(BIN)/ruff check .

@@ -33,6 +33,9 @@ Recipe = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Run recipes/NAME.yaml in its own workspace, .rlhf/NAME, such as: tiny"),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start a stage that was stopped from its beginning, not from its checkpoint.")
+]
 Host = Annotated[str, typer.Option(help="Address to listen on. 127.0.0.1 is this machine only.")]
 STAGE_NAMES = ", ".join(STAGES)
 
@@ -58,13 +61,15 @@ def run(
     overrides: Overrides = None,
     until: Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {STAGE_NAMES}.")] = STAGES[-1],
     force: Annotated[bool, typer.Option("--force", help="Run every stage even if nothing changed.")] = False,
+    fresh: Fresh = False,
     name: Annotated[str | None, typer.Option(help="What the run is called in MLflow.")] = None,
     retries: Annotated[int, typer.Option(min=0, max=10, help="How often a stage that crashed is started again.")] = 1,
     recipe: Recipe = None,
 ) -> None:
     """Bring all stages up to date, as one Prefect flow run.
 
-    Stages in which nothing changed are not run again. What earlier stages finished is kept when a later one is stopped.
+    Stages in which nothing changed are not run again. A run that was stopped, however hard, goes on where it was when
+    it is started again: finished stages are kept, and training continues from its last checkpoint.
 
     - `rlhf run -S ppo.kl_coef=0.1 -S ppo.updates=60 --name low-kl`
     - `rlhf run --until reward`
@@ -80,7 +85,7 @@ def run(
     use_server(project, meanwhile=_load_tools)
     from flows.rlhf import rlhf
 
-    rlhf(overrides=overrides or [], until=until, force=force, run_name=name, retries=retries)
+    rlhf(overrides=overrides or [], until=until, force=force, fresh=fresh, run_name=name, retries=retries)
 
 
 @app.command()
@@ -88,6 +93,7 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {STAGE_NAMES}.")],
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Run it even if nothing changed.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Bring one stage up to date through DVC, without Prefect. The stages before it are left as they are.
 
@@ -95,8 +101,12 @@ def stage(
     """
     _check_stage(name)
     root = find_root()
+    from tasks.stage import forget_checkpoints
+
     with workspace_lock(root):
         apply_overrides(overrides or [], root=root)
+        if fresh:
+            forget_checkpoints()
         outcome = run_stage(name, force=force, root=root)
     typer.echo(f"{name}: {outcome.value}")
 

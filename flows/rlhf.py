@@ -19,7 +19,7 @@ from pydantic import Field
 from flows.results import publish_results
 from rlhf_core.errors import RLHFError
 from tasks.pipeline import STAGES, Outcome, StageFailed, apply_overrides, find_root, run_stage, workspace_lock
-from tasks.stage import check_disk
+from tasks.stage import check_disk, forget_checkpoints
 from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
 
 Stage = Literal["prepare", "sft", "reward", "ppo", "evaluate"]
@@ -51,6 +51,7 @@ def rlhf(
     overrides: Annotated[list[str], Field(title="Overrides")] = [],  # noqa: B006  (never changed; the form shows a list)
     until: Annotated[Stage, Field(title="Last stage")] = "evaluate",
     force: Annotated[bool, Field(title="Run again")] = False,
+    fresh: Annotated[bool, Field(title="Start over")] = False,
     run_name: Annotated[str | None, Field(title="Name")] = None,
     retries: Annotated[int, Field(title="Retries", ge=0, le=10)] = 1,
     stage_minutes: Annotated[float | None, Field(title="Time limit", gt=0)] = None,
@@ -61,6 +62,7 @@ def rlhf(
         overrides: Values to change in params.yaml first, one `section.key=value` a line, such as `ppo.kl_coef=0.1`.
         until: The last stage to run; the ones before it are brought up to date.
         force: Run every stage even if nothing changed.
+        fresh: Start stages that were stopped from their beginning, not from their last checkpoint.
         run_name: What the run is called in MLflow; the flow run's own name if empty.
         retries: How often a stage that crashed is started again.
         stage_minutes: Minutes that one stage may take before it is ended; no limit if empty.
@@ -71,6 +73,8 @@ def rlhf(
             # Before DVC starts a stage, and with that removes what its last run wrote.
             apply_overrides(overrides, root=root)
             check_disk(root)
+            if fresh:
+                forget_checkpoints()
             flow_run_id = str(flow_run.get_id())
             parent = start_pipeline_run(run_name or str(flow_run.get_name()), {"rlhf.flow_run_id": flow_run_id})
             status = "KILLED"  # unless something better is known: Ctrl-C, a cancelled run

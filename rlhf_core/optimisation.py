@@ -1,13 +1,38 @@
-"""What every loop needs around its optimiser step: AdamW, a rate that warms up and decays, a clipped gradient."""
+"""What loops need around an optimiser step: batches, AdamW, a rate that warms up and decays, a clipped gradient."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.config import Schedule
 from rlhf_core.errors import TrainingDiverged
+
+
+class Batch(NamedTuple):
+    """Row numbers of one optimiser step."""
+
+    epoch: int
+    rows: list[int]
+    ends_epoch: bool
+
+
+def epochs_of(count: int, *, epochs: int, batch_size: int, generator: torch.Generator) -> list[Batch]:
+    """All batches of all epochs, each epoch over all rows in an order of its own."""
+    batches = []
+    for epoch in range(1, epochs + 1):
+        parts = torch.randperm(count, generator=generator).split(batch_size)
+        batches += [Batch(epoch, part.tolist(), i == len(parts) - 1) for i, part in enumerate(parts)]
+    return batches
+
+
+@torch.no_grad()
+def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Give each target its source's values."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def adamw(parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

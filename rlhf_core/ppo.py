@@ -6,13 +6,14 @@ SFT policy. The loop below is the whole algorithm; read it from top to bottom.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO
 from rlhf_core.functional import (
     AdaptiveKL,
@@ -65,11 +66,13 @@ def train_ppo(
     *,
     tokenizer: PreTrainedTokenizerBase,
     tracker: Tracker,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train roles "policy" and "value", which `add_roles` made.
 
     Args:
         prompts: token ids of each prompt that may be sampled from.
+        checkpoints: where a loop that was stopped goes on from.
 
     Returns:
         Final metrics (means over the last tenth of the updates, `updates`, `tokens`), and the sampled responses shown.
@@ -89,13 +92,22 @@ def train_ppo(
         if config.kl_controller == "adaptive"
         else FixedKL(config.kl_coef)
     )
-    prompt_order = _endless(len(prompts), generator)
-    history: list[dict[str, float]] = []
-    shown: list[dict[str, Any]] = []
-    all_tokens = 0
-    for update in range(1, config.updates + 1):
+    state = LoopState(
+        {"policy": policy_parameters, "value": value_parameters},
+        {"policy": policy_optimiser, "value": value_optimiser},
+        generator,
+    )
+    so_far = checkpoints.restore(state)
+    if so_far is None:
+        so_far = {"update": 0, "tokens": 0, "kl_coef": controller.coef, "prompts_left": [], "history": [], "shown": []}
+    controller.coef = so_far["kl_coef"]
+    history, shown, prompts_left = so_far["history"], so_far["shown"], so_far["prompts_left"]
+    for row in shown:  # the table of a run that was stopped went to another record
+        tracker.table("ppo/samples", [row], step=row["update"])
+    for update in range(so_far["update"] + 1, config.updates + 1):
         began = time.perf_counter()
-        chosen = [next(prompt_order) for _ in range(config.rollouts // config.samples_per_prompt)]
+        wanted = config.rollouts // config.samples_per_prompt
+        chosen = [_next_prompt(prompts_left, len(prompts), generator) for _ in range(wanted)]
         sampled = sample(
             roles.language_model(POLICY),
             [prompts[row] for row in chosen for _ in range(config.samples_per_prompt)],
@@ -140,7 +152,7 @@ def train_ppo(
                 break
         controller.update(metrics["ppo/kl"], config.rollouts)
         tokens = sum(map(len, sampled.prompts)) + int(sampled.mask_BT.sum())
-        all_tokens += tokens
+        so_far["tokens"] += tokens
         metrics |= {name: _mean([step[name] for step in learned]) for name in (learned[0] if learned else {})}
         metrics |= {
             "ppo/learning_rate": config.learning_rate * factor,
@@ -154,13 +166,15 @@ def train_ppo(
         tracker.table("ppo/samples", rows, step=update)
         note = f"reward {metrics['ppo/reward']:.2f}  score {metrics['ppo/score']:.2f}  kl {metrics['ppo/kl']:.2f}"
         tracker.progress(update, config.updates, unit="updates", tokens=tokens, note=note)
+        so_far |= {"update": update, "kl_coef": controller.coef}
+        checkpoints.offer(update, state, so_far, score=metrics["ppo/reward"])
     last = history[-max(config.updates // 10, 1) :]
     final = {
         name.removeprefix("ppo/"): _mean([metrics[name] for metrics in last if name in metrics])
         for name in last[-1]
         if not name.endswith("_per_second")
     }
-    return {**final, "updates": config.updates, "tokens": all_tokens}, shown
+    return {**final, "updates": config.updates, "tokens": so_far["tokens"]}, shown
 
 
 @torch.no_grad()
@@ -252,10 +266,11 @@ def losses(
     }
 
 
-def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Row numbers without end, each pass over all of them in a new order."""
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+def _next_prompt(left: list[int], count: int, generator: torch.Generator) -> int:
+    """The next row number of a random order over all of them, of which `left` is what has not come; then of another."""
+    if not left:
+        left.extend(torch.randperm(count, generator=generator).tolist())
+    return left.pop(0)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,7 +3,6 @@
 What it measures of itself, and the statistics that are stored with it, come from here too; curves and files do not.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
 from rlhf_core.functional import masked_mean, ranking_loss
 from rlhf_core.models import REFERENCE, Roles, TrunkCache
-from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
+from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Ranking, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.statistics import (
@@ -126,12 +126,14 @@ def train_reward(
     tracker: Tracker,
     prefix: str = "reward",
     cache: TrunkCache | None = None,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> dict[str, Any]:
     """Train a role that has a scalar head, and leave it at the epoch with the best validation loss.
 
     Args:
         prefix: first word of the metrics' names, and what the progress line says.
         cache: trunks of rows that were seen before, in another epoch or for another role.
+        checkpoints: where a loop that was stopped goes on from.
 
     Returns:
         Final metrics: `validation_accuracy`, `validation_loss` (the kept epoch's), `best_epoch`, `steps`, `tokens`.
@@ -142,64 +144,66 @@ def train_reward(
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
     parameters = roles.trainable(role)
-    optimiser = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.epochs * math.ceil(len(train) / config.batch_size)
-    warmup = round(config.warmup_fraction * steps)
-    best = validation_loss(judge_rankings(roles, role, validation, pad_id, cache=cache))
-    best_epoch, best_accuracy = 0, 0.0
     kept = [value.detach().clone() for value in parameters]
-    step = tokens = 0
-    for epoch in range(1, config.epochs + 1):
-        for index in torch.randperm(len(train), generator=order).split(config.batch_size):
-            batch = sorted((train[row] for row in index.tolist()), key=lambda ranking: max(map(len, ranking.ids)))
-            rate = config.learning_rate * rate_factor(step, steps=steps, warmup=warmup, schedule=config.schedule)
-            set_rate(optimiser, rate)
-            # Each ranking weighs the same, however a batch is cut; one of nothing but ties has no say.
-            counted = max(sum(len(set(ranking.ranks)) > 1 for ranking in batch), 1)
-            loss = hits = pairs = 0.0
-            for start in range(0, len(batch), config.micro_batch_size):
-                part = batch[start : start + config.micro_batch_size]
-                weight = sum(len(set(ranking.ranks)) > 1 for ranking in part) / counted
-                scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id, cache)
-                ranked = ranking_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
-                centred = centering(scores_BK, ranks_BK, mask_BK)
-                ((ranked + config.center_coef * centred) * weight).backward()
-                loss += ranked.item() * weight
-                right, all_pairs = _count_right(scores_BK.detach(), ranks_BK, mask_BK)
-                hits, pairs = hits + right, pairs + all_pairs
-            norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where=prefix)
-            step += 1
-            batch_tokens = sum(len(ids) for ranking in batch for ids in ranking.ids)
-            tokens += batch_tokens
-            right_share = hits / max(pairs, 1)
-            tracker.metrics(
-                {
-                    f"{prefix}/loss": loss,
-                    f"{prefix}/batch_accuracy": right_share,
-                    f"{prefix}/grad_norm": norm,
-                    f"{prefix}/learning_rate": rate,
-                },
-                step=step,
-            )
-            note = f"{prefix} loss {loss:.3f}  accuracy {right_share:.2f}"
-            tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=note)
-        judged = judge_rankings(roles, role, validation, pad_id, cache=cache)
-        current, current_accuracy = validation_loss(judged), accuracy(judged)
+    optimiser = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    batches = epochs_of(len(train), epochs=config.epochs, batch_size=config.batch_size, generator=order)
+    steps = len(batches)
+    warmup = round(config.warmup_fraction * steps)
+    state = LoopState({"parameters": parameters, "kept": kept}, {"optimiser": optimiser})
+    so_far = checkpoints.restore(state)
+    if so_far is None:
+        before = validation_loss(judge_rankings(roles, role, validation, pad_id, cache=cache))
+        so_far = {"step": 0, "best": before, "best_epoch": 0, "best_accuracy": 0.0, "tokens": 0}
+    for step, batch_of in enumerate(batches[so_far["step"] :], start=so_far["step"] + 1):
+        batch = sorted((train[row] for row in batch_of.rows), key=lambda ranking: max(map(len, ranking.ids)))
+        rate = config.learning_rate * rate_factor(step - 1, steps=steps, warmup=warmup, schedule=config.schedule)
+        set_rate(optimiser, rate)
+        # Each ranking weighs the same, however a batch is cut; one of nothing but ties has no say.
+        counted = max(sum(len(set(ranking.ranks)) > 1 for ranking in batch), 1)
+        loss = hits = pairs = 0.0
+        for start in range(0, len(batch), config.micro_batch_size):
+            part = batch[start : start + config.micro_batch_size]
+            weight = sum(len(set(ranking.ranks)) > 1 for ranking in part) / counted
+            scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id, cache)
+            ranked = ranking_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
+            centred = centering(scores_BK, ranks_BK, mask_BK)
+            ((ranked + config.center_coef * centred) * weight).backward()
+            loss += ranked.item() * weight
+            right, all_pairs = _count_right(scores_BK.detach(), ranks_BK, mask_BK)
+            hits, pairs = hits + right, pairs + all_pairs
+        norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where=prefix)
+        batch_tokens = sum(len(ids) for ranking in batch for ids in ranking.ids)
+        so_far["tokens"] += batch_tokens
+        right_share = hits / max(pairs, 1)
         tracker.metrics(
-            {f"{prefix}/validation_loss": current, f"{prefix}/validation_accuracy": current_accuracy}, step=step
+            {
+                f"{prefix}/loss": loss,
+                f"{prefix}/batch_accuracy": right_share,
+                f"{prefix}/grad_norm": norm,
+                f"{prefix}/learning_rate": rate,
+            },
+            step=step,
         )
-        if current < best or epoch == 1:
-            best, best_epoch, best_accuracy = current, epoch, current_accuracy
-            kept = [value.detach().clone() for value in parameters]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
+        note = f"{prefix} loss {loss:.3f}  accuracy {right_share:.2f}"
+        tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=note)
+        if batch_of.ends_epoch:
+            judged = judge_rankings(roles, role, validation, pad_id, cache=cache)
+            current, current_accuracy = validation_loss(judged), accuracy(judged)
+            tracker.metrics(
+                {f"{prefix}/validation_loss": current, f"{prefix}/validation_accuracy": current_accuracy}, step=step
+            )
+            if current < so_far["best"] or batch_of.epoch == 1:
+                so_far |= {"best": current, "best_epoch": batch_of.epoch, "best_accuracy": current_accuracy}
+                copy_into(kept, parameters)
+        so_far["step"] = step
+        checkpoints.offer(step, state, so_far)
+    copy_into(parameters, kept)
     return {
-        "validation_accuracy": best_accuracy,
-        "validation_loss": best,
-        "best_epoch": best_epoch,
-        "steps": step,
-        "tokens": tokens,
+        "validation_accuracy": so_far["best_accuracy"],
+        "validation_loss": so_far["best"],
+        "best_epoch": so_far["best_epoch"],
+        "steps": steps,
+        "tokens": so_far["tokens"],
     }
 
 

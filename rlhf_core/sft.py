@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import SFT
 from rlhf_core.data import encode_prompt, encode_response
 from rlhf_core.models import Roles, TrunkCache, pack
-from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
+from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Demonstration
 from rlhf_core.tracking import Tracker
 
@@ -75,9 +76,19 @@ def perplexity(
 
 
 def train_sft(
-    roles: Roles, train: Sequence[Example], validation: Sequence[Example], config: SFT, *, pad_id: int, tracker: Tracker
+    roles: Roles,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    config: SFT,
+    *,
+    pad_id: int,
+    tracker: Tracker,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> dict[str, Any]:
     """Train role "policy" on demonstrations and leave it at the epoch with the lowest validation perplexity.
+
+    Args:
+        checkpoints: where a loop that was stopped goes on from.
 
     Returns:
         Final metrics: `validation_perplexity` (the kept epoch's), `base_perplexity`, `best_epoch`, `train_loss` (nats
@@ -89,48 +100,57 @@ def train_sft(
     torch.manual_seed(config.seed)
     order, cache = torch.Generator().manual_seed(config.seed), TrunkCache()
     parameters = roles.trainable(POLICY)
+    kept = [value.detach().clone() for value in parameters]
     optimiser = adamw(parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    batches = epochs_of(len(train), epochs=config.epochs, batch_size=config.batch_size, generator=order)
+    steps = len(batches)
     warmup = round(config.warmup_fraction * steps)
-    base_perplexity = best = perplexity(roles, POLICY, validation, pad_id, cache=cache)
-    tracker.metrics({"sft/validation_perplexity": base_perplexity}, step=0)
-    best_epoch, kept, seen_tokens, step = 0, [value.detach().clone() for value in parameters], 0, 0
-    for epoch in range(1, config.epochs + 1):
-        epoch_loss = epoch_tokens = 0.0
-        for index in torch.randperm(len(train), generator=order).split(config.batch_size):
-            # Sorted by length, a batch's pieces carry little padding; what the batch holds stays random.
-            batch = sorted((train[row] for row in index.tolist()), key=len)
-            rate = config.learning_rate * rate_factor(step, steps=steps, warmup=warmup, schedule=config.schedule)
-            set_rate(optimiser, rate)
-            token_count = sum(len(example.response) for example in batch)
-            loss = 0.0
-            for start in range(0, len(batch), config.micro_batch_size):
-                logprobs_BT, mask_BT = response_logprobs(
-                    roles, POLICY, batch[start : start + config.micro_batch_size], pad_id, cache
-                )
-                part = -logprobs_BT.masked_fill(~mask_BT, 0).sum() / token_count
-                part.backward()
-                loss += part.item()
-            norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where="sft")
-            step += 1
-            epoch_loss += loss * token_count
-            epoch_tokens += token_count
-            batch_tokens = sum(map(len, batch))
-            seen_tokens += batch_tokens
-            tracker.metrics({"sft/loss": loss, "sft/grad_norm": norm, "sft/learning_rate": rate}, step=step)
-            tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=f"loss {loss:.3f}")
-        current = perplexity(roles, POLICY, validation, pad_id, cache=cache)
-        tracker.metrics({"sft/validation_perplexity": current, "sft/epoch": epoch}, step=step)
-        if current < best:
-            best, best_epoch, kept = current, epoch, [value.detach().clone() for value in parameters]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
+    state = LoopState({"policy": parameters, "kept": kept}, {"policy": optimiser})
+    so_far = checkpoints.restore(state)
+    if so_far is None:
+        base = perplexity(roles, POLICY, validation, pad_id, cache=cache)
+        tracker.metrics({"sft/validation_perplexity": base}, step=0)
+        so_far = {"step": 0, "base": base, "best": base, "best_epoch": 0, "train_loss": 0.0, "tokens": 0}
+        so_far |= {"epoch_loss": 0.0, "epoch_tokens": 0}
+    for step, batch_of in enumerate(batches[so_far["step"] :], start=so_far["step"] + 1):
+        # Sorted by length, a batch's pieces carry little padding; what the batch holds stays random.
+        batch = sorted((train[row] for row in batch_of.rows), key=len)
+        rate = config.learning_rate * rate_factor(step - 1, steps=steps, warmup=warmup, schedule=config.schedule)
+        set_rate(optimiser, rate)
+        token_count = sum(len(example.response) for example in batch)
+        loss = 0.0
+        for start in range(0, len(batch), config.micro_batch_size):
+            part = batch[start : start + config.micro_batch_size]
+            logprobs_BT, mask_BT = response_logprobs(roles, POLICY, part, pad_id, cache)
+            share = -logprobs_BT.masked_fill(~mask_BT, 0).sum() / token_count
+            share.backward()
+            loss += share.item()
+        norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where="sft")
+        batch_tokens = sum(map(len, batch))
+        so_far["epoch_loss"] += loss * token_count
+        so_far["epoch_tokens"] += token_count
+        so_far["tokens"] += batch_tokens
+        tracker.metrics({"sft/loss": loss, "sft/grad_norm": norm, "sft/learning_rate": rate}, step=step)
+        tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=f"loss {loss:.3f}")
+        if batch_of.ends_epoch:
+            current = perplexity(roles, POLICY, validation, pad_id, cache=cache)
+            tracker.metrics({"sft/validation_perplexity": current, "sft/epoch": batch_of.epoch}, step=step)
+            if current < so_far["best"]:
+                so_far |= {"best": current, "best_epoch": batch_of.epoch}
+                copy_into(kept, parameters)
+            so_far |= {
+                "train_loss": so_far["epoch_loss"] / so_far["epoch_tokens"],
+                "epoch_loss": 0.0,
+                "epoch_tokens": 0,
+            }
+        so_far["step"] = step
+        checkpoints.offer(step, state, so_far)
+    copy_into(parameters, kept)
     return {
-        "validation_perplexity": best,
-        "base_perplexity": base_perplexity,
-        "best_epoch": best_epoch,
-        "train_loss": epoch_loss / epoch_tokens,
-        "steps": step,
-        "tokens": seen_tokens,
+        "validation_perplexity": so_far["best"],
+        "base_perplexity": so_far["base"],
+        "best_epoch": so_far["best_epoch"],
+        "train_loss": so_far["train_loss"],
+        "steps": steps,
+        "tokens": so_far["tokens"],
     }

@@ -30,7 +30,7 @@ def main() -> None:
         torch.manual_seed(config.seed)
         roles = Roles(SFT_MODEL, config)
         add_roles(roles, REWARD_FOLDERS["reward"], method=config.method)
-        final, shown = train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=run)
+        final, shown = train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=run, checkpoints=run.checkpoints)
         roles.save(POLICY, POLICY_FOLDER)
         roles.save(VALUE, VALUE_FOLDER)
         write_jsonl(SAMPLES, shown)

@@ -50,7 +50,7 @@ def main() -> None:
         for role, split in SPLIT_OF.items():
             trained = train_reward(
                 roles, role, rankings[split], rankings["validation"], config, pad_id=pad_id, tracker=run,
-                prefix=PREFIX[role], cache=cache,
+                prefix=PREFIX[role], cache=cache, checkpoints=run.checkpoints.below(role),
             )  # fmt: skip
             judged = {
                 split: judge_rankings(roles, role, rankings[split], pad_id, cache=cache)

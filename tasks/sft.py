@@ -28,7 +28,15 @@ def main() -> None:
         torch.manual_seed(config.seed)
         roles = Roles(BASE, config)
         roles.add(POLICY, method=config.method)
-        final = train_sft(roles, train, validation, config, pad_id=int(tokenizer.pad_token_id), tracker=run)
+        final = train_sft(
+            roles,
+            train,
+            validation,
+            config,
+            pad_id=int(tokenizer.pad_token_id),
+            tracker=run,
+            checkpoints=run.checkpoints,
+        )
         roles.save(POLICY, MODEL)
         run.finish_metrics(final)
         run.register_model("sft", MODEL, final)

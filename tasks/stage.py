@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -33,6 +33,10 @@ from tasks.environment import project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
 from tasks.tracking import MLflowTracker, Parent
 
+if TYPE_CHECKING:
+    from rlhf_core.checkpoints import Checkpoints
+
+KEPT_CONFIGURATIONS = 2  # of a stage, whose checkpoints wait beside the present one's
 MIN_FREE_GB = 3.0  # a run's weights and caches; RLHF_MIN_FREE_GB overrides
 _TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
 
@@ -96,13 +100,6 @@ class History:
             writer.writerow([step, *(repr(self.steps[step][n]) if n in self.steps[step] else "" for n in names)])
         return text.getvalue()
 
-    def forget(self) -> None:
-        """The stage is done: the next one with this key starts anew."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-            with suppress(OSError):  # the folder goes too, unless checkpoints lie in it
-                self._path.parent.rmdir()
-
 
 @dataclass
 class StageRun:
@@ -124,9 +121,11 @@ class StageRun:
         return self
 
     @property
-    def checkpoint_folder(self) -> Path:
-        """Where checkpoints for resuming lie: outside DVC's outputs, and of this very configuration only."""
-        return _checkpoints(self.stage, self.run_key)
+    def checkpoints(self) -> "Checkpoints":
+        """Where a loop saves itself, and goes on from: outside DVC's outputs, and of this very configuration only."""
+        from rlhf_core.checkpoints import Checkpoints  # torch, which the flow and stage prepare can do without
+
+        return Checkpoints(_checkpoints(self.stage, self.run_key) if self.main and self.run_key else None)
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Record values named `stage/quantity` at a step."""
@@ -187,7 +186,7 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
             yield from _run(stage, deps, torch)
     except Killed as killed:
         print(
-            f"{stage} was stopped by {killed}; the stages before it are kept, and running it again starts it anew.",
+            f"{stage} was stopped by {killed}; running it again goes on from its last checkpoint.",
             file=sys.stderr,
         )
         raise SystemExit(128 + killed.number) from None
@@ -209,6 +208,8 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     main = int(os.environ.get("RANK", "0")) == 0
     workspace, entry = _lineage(stage)
     run_key = entry.run_key if entry else ""
+    if main and run_key:
+        _forget_old_checkpoints(stage, run_key)
     sink: Tracker = _open_tracker(stage, params, entry) if main else NullTracker()
     history = History(_checkpoints(stage, run_key) / "history.jsonl" if main and run_key else None)
     run = StageRun(stage, params, run_key, main, sink, history, entry, workspace)
@@ -247,7 +248,8 @@ def _finish(run: StageRun) -> None:
                 state["run_keys"][run.stage] = run.run_key
                 state["dependencies"].update(run._entry.dependencies)
                 run._sink.summary(state)
-    run._history.forget()
+    if run.run_key:
+        shutil.rmtree(_checkpoints(run.stage, run.run_key), ignore_errors=True)  # run again, it starts anew
 
 
 def _open_tracker(stage: str, params: Params, entry: StageEntry | None) -> MLflowTracker:
@@ -305,7 +307,20 @@ def _lineage(stage: str) -> tuple[Workspace | None, StageEntry | None]:
 
 
 def _checkpoints(stage: str, run_key: str) -> Path:
-    return state_folder() / "checkpoints" / stage / (run_key[:16] or "unkeyed")
+    return state_folder() / "checkpoints" / stage / run_key[:16]
+
+
+def _forget_old_checkpoints(stage: str, run_key: str) -> None:
+    """Room for this configuration's: of others that were stopped and never finished, only the last few are kept."""
+    folder = state_folder() / "checkpoints" / stage
+    others = [other for other in folder.glob("*") if other.name != run_key[:16]]
+    for other in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_CONFIGURATIONS]:
+        shutil.rmtree(other, ignore_errors=True)
+
+
+def forget_checkpoints() -> None:
+    """Whatever was stopped before shall start anew."""
+    shutil.rmtree(state_folder() / "checkpoints", ignore_errors=True)
 
 
 # Checks

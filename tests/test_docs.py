@@ -104,16 +104,17 @@ def logged_finals() -> set[str]:
     names = below(["prepare"], whole)
     names |= below(["prepare/<split>"], set(split) - {"kinds"}) | {"prepare/<split>/kinds/<kind>"}
 
-    (trained,) = words("rlhf_core/sft.py", "train_sft")
+    *_, trained = words("rlhf_core/sft.py", "train_sft")
     names |= below(["sft"], trained)
 
-    (trained,), (quality,) = words("rlhf_core/reward.py", "train_reward"), words("rlhf_core/reward.py", "measure")
+    *_, trained = words("rlhf_core/reward.py", "train_reward")
+    (quality,) = words("rlhf_core/reward.py", "measure")
     statistics, gold, part = words("tasks/reward.py", "main")
     assert gold == ["gold"]
     names |= below(PREFIX.values(), [*trained, *quality, *statistics])
     names |= below(["reward/accuracy_by_length/<bin>"], part)
 
-    (ends,) = words("rlhf_core/ppo.py", "train_ppo")
+    *_, ends = words("rlhf_core/ppo.py", "train_ppo")
     names |= below(["ppo"], ends)
     names |= {name for name in logged_curves() if name.startswith("ppo/") and not name.endswith(TIMINGS)}
 

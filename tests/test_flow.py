@@ -188,7 +188,7 @@ def test_the_form_shows_types_and_descriptions() -> None:
 
     assert get_args(Stage) == STAGES
     properties = flow.parameters.properties
-    assert set(properties) == {"overrides", "until", "force", "run_name", "retries", "stage_minutes"}
+    assert set(properties) == {"overrides", "until", "force", "fresh", "run_name", "retries", "stage_minutes"}
     assert all(field["description"] and field["title"] for field in properties.values())
     assert flow.parameters.required == []
 

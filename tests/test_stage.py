@@ -17,9 +17,10 @@ from stores import PROJECT, sqlite_store
 from toy import dvc, init_dvc
 
 from rlhf_core.errors import DataError, ResourceError
+from tasks import stage as stage_module
 from tasks.environment import prepare_environment, project_root, workspace_root
-from tasks.lineage import locked_key
-from tasks.stage import History, check_disk, stage_run, write_json, write_text
+from tasks.lineage import StageEntry, locked_key
+from tasks.stage import History, check_disk, forget_checkpoints, stage_run, write_json, write_text
 from tasks.tracking import connect, experiment_id
 
 
@@ -212,8 +213,46 @@ def test_a_curve_that_was_complete_before_the_kill_is_kept(tmp_path: Path) -> No
     assert resumed.rest() == [(step, {"reward/loss": step / 7}) for step in range(5)]
     assert resumed.rest() == []
     assert resumed.steps[0] == {"reward/gold_loss": 0.25, "reward/loss": 0.0}
-    resumed.forget()
-    assert not path.exists()
+
+
+@pytest.fixture
+def keyed(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stages here have a run key, as under DVC; the folder of ppo's checkpoints."""
+    entry = StageEntry("ppo", "ab" * 32, {})
+    monkeypatch.setattr(stage_module, "_lineage", lambda stage: (None, entry))
+    return project / ".rlhf/checkpoints/ppo"
+
+
+def test_checkpoints_wait_for_the_next_try_and_go_when_the_stage_is_done(keyed: Path) -> None:
+    def stopped() -> None:
+        with stage_run("ppo", torch=False) as run:
+            folder = run.checkpoints.folder
+            assert folder == keyed / ("ab" * 8)
+            assert run.checkpoints.below("gold").folder == folder / "gold"
+            (folder / "step-00000001").mkdir(parents=True)
+            raise DataError("stopped")
+
+    with pytest.raises(SystemExit):
+        stopped()
+    with stage_run("ppo", torch=False) as run:
+        assert (keyed / ("ab" * 8) / "step-00000001").is_dir()
+        run.tracker.metrics({"ppo/kl": 0.5}, step=2)
+    assert list(keyed.iterdir()) == []
+
+
+def test_without_a_run_key_nothing_is_saved(project: Path) -> None:
+    with stage_run("ppo", torch=False) as run:
+        assert run.checkpoints.folder is None
+
+
+def test_of_other_configurations_the_newest_wait(keyed: Path) -> None:
+    for age, name in enumerate(["newest", "new", "old", "oldest"]):
+        (keyed / name).mkdir(parents=True)
+        os.utime(keyed / name, (time.time() - age * 60,) * 2)
+    with stage_run("ppo", torch=False):
+        assert {path.name for path in keyed.iterdir()} == {"newest", "new"}
+    forget_checkpoints()
+    assert not keyed.exists()
 
 
 # Files
