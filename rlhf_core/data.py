@@ -154,7 +154,7 @@ def _ranking(fields: Mapping[str, Any]) -> Ranking:
         if not isinstance(text, str) or not text.strip():
             raise _Bad(f"responses[{index}]", _shown(text), "a text that is not empty")
     ranks: Any = fields.get("ranks")
-    whole = isinstance(ranks, (list, tuple)) and all(isinstance(rank, int) and rank >= 1 for rank in ranks)
+    whole = isinstance(ranks, (list, tuple)) and all(type(rank) is int and rank >= 1 for rank in ranks)
     if not whole or len(ranks) != len(responses):
         raise _Bad("ranks", _shown(ranks), f"{len(responses)} whole numbers from 1, one a response")
     scores = fields.get("scores")
@@ -286,7 +286,7 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
     prompts += [Prompt(record.prompt, record.category) for record in rankings]
     kinds = {record.prompt: record.category for record in prompts if record.category}
     kept_demonstrations, doubled = _unique(demonstrations, lambda record: (record.prompt, record.response))
-    kept_rankings, doubled_rankings = _unique(rankings, lambda record: (record.prompt, *sorted(record.responses)))
+    kept_rankings, doubled_rankings = _unique(rankings, _ranking_key)
     kept_prompts, _ = _unique(prompts, lambda record: record.prompt)
     prepared = Prepared(
         _split([record._replace(category=kinds.get(record.prompt, "")) for record in kept_demonstrations], config),
@@ -323,6 +323,12 @@ def _unique(records: Sequence[Record], key: Callable[[Record], Any]) -> tuple[li
     return kept, len(records) - len(kept)
 
 
+def _ranking_key(record: Ranking) -> Any:
+    """What two annotators say of the same responses is two rankings; so is what one says the other way round."""
+    judged = sorted((text, str(rank)) for text, rank in zip(record.responses, record.ranks, strict=True))
+    return record.prompt, record.annotator, *judged
+
+
 def _folded(key: Any) -> Any:
     """The key without case and spacing, so that near-identical rows count as one."""
     return " ".join(key.casefold().split()) if isinstance(key, str) else tuple(_folded(part) for part in key)
@@ -338,6 +344,10 @@ def _split(records: Sequence[Record], config: Prepare) -> dict[str, list[Record]
 def _refuse_empty(prepared: Prepared) -> None:
     needed = [("demonstrations", split) for split in ("train", "validation", "test")]
     needed += [("rankings", split) for split in SPLITS] + [("prompts", "train"), ("prompts", "test")]
+    for split in SPLITS:
+        found = prepared.rankings[split]
+        if found and all(len(set(record.ranks)) == 1 for record in found):
+            raise DataError(f"All {len(found)} rankings of split {split} are ties; expected some that prefer one.")
     for kind, split in needed:
         if not getattr(prepared, kind)[split]:
             counts = {name: len(rows) for name, rows in getattr(prepared, kind).items()}

@@ -24,6 +24,7 @@ from rlhf_core.tracking import Tracker
 
 POLICIES = ("base", "sft", "ppo")
 JUDGES = ("reward", "gold")
+SAMPLED_ROWS = 128  # prompts answered at once: each holds its keys and values of all layers
 MEASURED_ROWS = 16  # rows in one forward pass when responses are measured
 
 
@@ -81,23 +82,25 @@ def evaluate_policies(
         # Every policy draws the same random numbers, so that differences are the policies' own.
         generator = torch.Generator().manual_seed(config.seed)
         for turn in range(config.samples_per_prompt + 1):
-            answers = sample(
-                roles.language_model(role),
-                encoded,
-                max_tokens=config.response_tokens,
-                temperature=config.temperature,
-                stop_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                generator=generator,
-                greedy=turn == 0,
-            )
-            responses = _measure(base, tuned, policy, answers, config.temperature, tokenizer)
+            responses: list[Response] = []
+            for start in range(0, len(encoded), SAMPLED_ROWS):
+                answers = sample(
+                    roles.language_model(role),
+                    encoded[start : start + SAMPLED_ROWS],
+                    max_tokens=config.response_tokens,
+                    temperature=config.temperature,
+                    stop_id=tokenizer.eos_token_id,
+                    pad_id=tokenizer.pad_token_id,
+                    generator=generator,
+                    greedy=turn == 0,
+                )
+                responses += _measure(base, tuned, policy, answers, config.temperature, tokenizer, first=start)
             if turn == 0:
                 greedy[policy] = responses
             else:
                 sampled[policy] += responses
             done += 1
-            tokens = int(answers.mask_BT.sum())
+            tokens = sum(response.tokens for response in responses)
             note = f"{policy} {'greedy' if turn == 0 else f'sample {turn}'}"
             tracker.progress(done, total, unit="passes", tokens=tokens, note=note)
         metrics[policy] = {
@@ -151,7 +154,14 @@ def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluat
 
 @torch.no_grad()
 def _measure(
-    base: Roles, tuned: Roles, policy: str, answers: Sampled, temperature: float, tokenizer: PreTrainedTokenizerBase
+    base: Roles,
+    tuned: Roles,
+    policy: str,
+    answers: Sampled,
+    temperature: float,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    first: int,
 ) -> list[Response]:
     responses = answers.responses()
     kl_B = torch.zeros(len(responses))
@@ -176,7 +186,7 @@ def _measure(
         scores[judge] = ((scores_B - mean) / std).tolist()
     return [
         Response(
-            prompt=row,
+            prompt=first + row,
             text=str(tokenizer.decode(response, skip_special_tokens=True)).strip(),
             tokens=len(response),
             stopped=bool(answers.stopped_B[row]),

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core.base import set_pad
 from rlhf_core.config import Training
@@ -90,6 +90,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(_root(Path(folder)))
     set_pad(tokenizer)
     return tokenizer
+
+
+def context_length(folder: str | Path) -> int:
+    """How many tokens the model may see at once; the number 10⁹ where it names no limit."""
+    # By the common name: transformers knows that GPT-2's config calls it n_positions.
+    return int(getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or 10**9)
 
 
 def load_policy(folder: str | Path) -> PreTrainedModel:
@@ -352,6 +358,7 @@ class Roles(nn.Module):
         # Whether this architecture may be cut is measured, not believed: some scale or add to what they embed.
         ids_BS = torch.arange(8).reshape(2, 4) % self.model.config.vocab_size
         mask_BS = torch.tensor([[False, True, True, True], [True, True, True, False]])
+        ids_BS, mask_BS = ids_BS.to(self.device), mask_BS.to(self.device)
         with torch.no_grad():
             body = self._activate(REFERENCE)
             whole = _run(_body(body), mask_BS, input_ids=ids_BS)

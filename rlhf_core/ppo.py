@@ -27,7 +27,7 @@ from rlhf_core.functional import (
     value_loss,
     whiten,
 )
-from rlhf_core.models import REFERENCE, Roles, pack
+from rlhf_core.models import REFERENCE, Normaliser, Roles, pack
 from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
 from rlhf_core.records import Rollouts, Sampled
 from rlhf_core.rollouts import sample
@@ -56,6 +56,7 @@ def add_roles(roles: Roles, reward_folder: str, *, method: str) -> None:
         head: Any = roles.heads[VALUE]
         head.weight.div_(std)
         head.bias.sub_(mean).div_(std)
+    roles.normalisers[VALUE] = Normaliser()
     roles.frozen(REWARD)
 
 
@@ -122,8 +123,8 @@ def train_ppo(
         set_rate(policy_optimiser, config.learning_rate * factor)
         set_rate(value_optimiser, config.value_learning_rate * factor)
         learn_policy = update > config.value_warmup_updates
-        learned: list[dict[str, float]] = []
-        stopped = False
+        seen: list[dict[str, float]] = []  # one a minibatch, that which stopped the update included
+        steps_taken, stopped = 0, False
         for _ in range(config.epochs):
             for index in torch.randperm(config.rollouts, generator=generator).split(config.minibatch_size):
                 minibatch = rollouts.rows(index)
@@ -135,6 +136,7 @@ def train_ppo(
                     part = minibatch.rows(micro)
                     for name, value in losses(roles, part, config, token_count, learn_policy=learn_policy).items():
                         step[name] = step.get(name, 0.0) + value
+                seen.append(step)
                 if learn_policy and step["ppo/approx_kl"] > config.early_stop_kl:
                     stopped = True
                     policy_optimiser.zero_grad(set_to_none=True)
@@ -147,16 +149,16 @@ def train_ppo(
                 step["ppo/value_grad_norm"] = step_clipped(
                     value_optimiser, value_parameters, max_grad_norm=config.max_grad_norm, where="ppo's value model"
                 )
-                learned.append(step)
+                steps_taken += 1
             if stopped:
                 break
         controller.update(metrics["ppo/kl"], config.rollouts)
         tokens = sum(map(len, sampled.prompts)) + int(sampled.mask_BT.sum())
         so_far["tokens"] += tokens
-        metrics |= {name: _mean([step[name] for step in learned]) for name in (learned[0] if learned else {})}
+        metrics |= {name: _mean([step[name] for step in seen if name in step]) for name in seen[0]}
         metrics |= {
             "ppo/learning_rate": config.learning_rate * factor,
-            "ppo/minibatches": len(learned),
+            "ppo/minibatches": steps_taken,
             "ppo/tokens_per_second": tokens / (time.perf_counter() - began),
         }
         history.append(metrics)
@@ -201,6 +203,7 @@ def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: fl
     scores_B = ((raw_scores_B - mean) / std).clamp(-config.score_clip, config.score_clip)
     penalised_B = scores_B - config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
     rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=kl_coef)
+    reward_B = rewards_BT.masked_fill(~mask_BT, 0).sum(1)  # in reward units, whatever is whitened after
     if config.whiten_rewards:
         rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False)
     advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
@@ -209,7 +212,7 @@ def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: fl
     k1_BT = kl_estimate(logprobs_BT, ref_logprobs_BT, estimator="k1").masked_fill(~mask_BT, 0)
     unexplained = masked_var(returns_BT - values_BT, mask_BT) / masked_var(returns_BT, mask_BT).clamp(min=1e-8)
     metrics = {
-        "ppo/reward": rewards_BT.masked_fill(~mask_BT, 0).sum(1).mean(),
+        "ppo/reward": reward_B.mean(),
         "ppo/score": scores_B.mean(),
         "ppo/kl": k1_BT.sum(1).mean(),
         "ppo/response_length": mask_BT.sum(1).float().mean(),

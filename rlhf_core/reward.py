@@ -70,6 +70,7 @@ def score_rankings(
     mask_BK = torch.tensor([[k < len(ranking.ids) for k in range(width)] for ranking in rankings])
     ranks_BK = torch.tensor([[*ranking.ranks, *[0] * (width - len(ranking.ranks))] for ranking in rankings])
     scores = roles.score_rows([ids for ranking in rankings for ids in ranking.ids], role, pad_id, cache=cache)
+    mask_BK, ranks_BK = mask_BK.to(scores.device), ranks_BK.to(scores.device)
     scores_BK = torch.zeros(mask_BK.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask_BK, scores)
     return scores_BK, ranks_BK, mask_BK
 
@@ -152,8 +153,7 @@ def train_reward(
     state = LoopState({"parameters": parameters, "kept": kept}, {"optimiser": optimiser})
     so_far = checkpoints.restore(state)
     if so_far is None:
-        before = validation_loss(judge_rankings(roles, role, validation, pad_id, cache=cache))
-        so_far = {"step": 0, "best": before, "best_epoch": 0, "best_accuracy": 0.0, "tokens": 0}
+        so_far = {"step": 0, "best": float("inf"), "best_epoch": 0, "best_accuracy": 0.0, "tokens": 0}
     for step, batch_of in enumerate(batches[so_far["step"] :], start=so_far["step"] + 1):
         batch = sorted((train[row] for row in batch_of.rows), key=lambda ranking: max(map(len, ranking.ids)))
         rate = config.learning_rate * rate_factor(step - 1, steps=steps, warmup=warmup, schedule=config.schedule)
@@ -192,7 +192,7 @@ def train_reward(
             tracker.metrics(
                 {f"{prefix}/validation_loss": current, f"{prefix}/validation_accuracy": current_accuracy}, step=step
             )
-            if current < so_far["best"] or batch_of.epoch == 1:
+            if current < so_far["best"]:
                 so_far |= {"best": current, "best_epoch": batch_of.epoch, "best_accuracy": current_accuracy}
                 copy_into(kept, parameters)
         so_far["step"] = step
@@ -269,6 +269,7 @@ def normalise_on_samples(
     scored: Sequence[str],
     prompts: Sequence[Sequence[int]],
     *,
+    count: int,
     max_tokens: int,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -276,15 +277,20 @@ def normalise_on_samples(
     """Mean and standard deviation of each role's raw scores on responses of the SFT policy at temperature 1.
 
     They become part of the model, so that a score of 1 means one such deviation above what SFT answers.
+
+    Args:
+        count: how many of the prompts are answered; drawn at random, since data often comes sorted by kind.
     """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [prompts[row] for row in torch.randperm(len(prompts), generator=generator)[:count].tolist()]
     sampled = sample(
         roles.language_model(REFERENCE),
-        prompts,
+        chosen,
         max_tokens=max_tokens,
         temperature=1.0,
         stop_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
     )
     found = {}
     for role in scored:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rlhf_core.errors import ConfigError
 from rlhf_core.records import Sampled
 
 DROP_SHARE = 0.25  # finished rows leave the batch once this share of it has finished: copying the cache costs too
@@ -39,8 +40,9 @@ def sample(
 ) -> Sampled:
     """Sample one response a prompt.
 
-    Each row has a random number of its own at each step, so what a row becomes does not depend on which others have
-    finished; a response that stops at the very last position did stop.
+    Each row has a random number of its own at each step, all drawn at the start. So what a row becomes does not depend
+    on which others have finished, nor what the generator gives next on how long they were. A response that stops at the
+    very last position did stop.
 
     Args:
         model: a causal language model in eval mode.
@@ -53,14 +55,24 @@ def sample(
 
     Returns:
         `Sampled`; T is the longest response that came out.
+
+    Raises:
+        ConfigError: prompt and response could become longer than the model's context.
     """
     device = next(model.parameters()).device
     prompt_ids_BP, prompt_mask_BP = pad_left(prompts, pad_id)
     count = len(prompts)
+    longest, context = prompt_ids_BP.shape[1] + max_tokens, getattr(model.config, "max_position_embeddings", None)
+    if context and longest > context:
+        raise ConfigError(
+            f"A prompt of {longest - max_tokens} tokens and a response of {max_tokens} make {longest}; the model's "
+            f"context is {context}. Lower response_tokens, or prepare.max_prompt_tokens, in params.yaml."
+        )
     out_BT = torch.full((count, max_tokens), pad_id, dtype=torch.long)
     kept_BT = torch.zeros((count, max_tokens), dtype=torch.bool)
     stopped_B = torch.zeros(count, dtype=torch.bool)
 
+    uniform_TB = torch.rand((max_tokens, count), generator=generator, dtype=torch.float64)
     live_L = torch.arange(count)  # the rows still in the batch; those that finished leave it by and by
     cache = DynamicCache(config=model.config)
     ids, mask = prompt_ids_BP, prompt_mask_BP.long()
@@ -74,8 +86,7 @@ def sample(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        uniform_B = torch.rand(count, generator=generator, dtype=torch.float64)
-        tokens_L = logits.argmax(1).cpu() if greedy else draw(logits.cpu(), uniform_B[live_L], temperature)
+        tokens_L = logits.argmax(1).cpu() if greedy else draw(logits.cpu(), uniform_TB[step, live_L], temperature)
         running_L = ~stopped_B[live_L]
         rows = live_L[running_L]
         out_BT[rows, step] = tokens_L[running_L]

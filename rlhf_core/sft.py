@@ -72,7 +72,8 @@ def perplexity(
         logprobs_BT, mask_BT = response_logprobs(roles, role, ordered[start : start + batch_size], pad_id, cache)
         total -= logprobs_BT[mask_BT].double().sum().item()
         count += int(mask_BT.sum())
-    return math.exp(total / count)
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf  # beyond, a float64 ends
 
 
 def train_sft(

@@ -116,7 +116,9 @@ def measure_all(folder: Path) -> dict[str, dict[str, Any]]:
     encoded = encode_rankings(rankings, tokenizer, **options)
     final = train_reward(roles, REWARD, encoded[:4], encoded[4:], REWARD_SECTION, pad_id=pad_id, tracker=tracker)
     judged = judge_rankings(roles, REWARD, encoded, pad_id)
-    normal = normalise_on_samples(roles, [REWARD], prompts, max_tokens=8, tokenizer=tokenizer, seed=REWARD_SECTION.seed)
+    normal = normalise_on_samples(
+        roles, [REWARD], prompts, count=len(prompts), max_tokens=8, tokenizer=tokenizer, seed=REWARD_SECTION.seed
+    )
     mean, std = normal[REWARD]
     roles.normalisers[REWARD] = roles.normalisers[REWARD]._replace(mean=mean, std=std)
     roles.save(REWARD, folder / "reward")

@@ -58,11 +58,12 @@ def main() -> None:
             }
             qualities[role] = measure(judged["test"], temperature_of(judged["validation"]))
             final[role] = {**qualities[role].metrics, **trained}
-        prompts = load_prepared(PREPARED, "prompts", ["train", "validation"])[: config.norm_samples]
+        prompts = load_prepared(PREPARED, "prompts", ["train", "validation"])
         statistics = normalise_on_samples(
             roles,
             list(FOLDERS),
             [encode_prompt(tokenizer, record.prompt, prepare.system) for record in prompts],
+            count=config.norm_samples,
             max_tokens=prepare.max_response_tokens,
             tokenizer=tokenizer,
             seed=config.seed,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from rlhf_core.config import Params, load_params
-from rlhf_core.errors import MissingArtifact, ResourceError, RLHFError
+from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError
 from rlhf_core.tracking import NullTracker, Tracker
 from tasks.environment import project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
@@ -145,10 +145,8 @@ class StageRun:
         self._sink.progress(done, total, unit=unit, tokens=tokens, note=note)
 
     def finish_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write the final metrics to metrics/<stage>.json; they are recorded when the stage ends well."""
-        if self.main:
-            self._final = dict(metrics)
-            write_json(Path("metrics") / f"{self.stage}.json", metrics)
+        """Keep the final metrics; they are written to metrics/<stage>.json and recorded when the stage ends well."""
+        self._final = dict(metrics)
 
     def log_dataset(self, name: str, path: str | Path, *, context: str = "training", **profile: Any) -> None:
         """Record a data set by its DVC hash; profile holds what is worth showing, such as rows=320."""
@@ -162,6 +160,12 @@ class StageRun:
             tags["rlhf.git_commit"] = git_state()[0]
             numbers = flat_metrics(metrics or {}, self.stage)
             self._sink.model(name, Path(folder).as_posix(), metrics=numbers, tags=tags)
+
+    def is_dependency(self, path: str | Path) -> bool:
+        """Whether DVC runs the stage again when this file changes; True outside of DVC, which runs it always."""
+        if self._entry is None:
+            return True
+        return any(Path(path).is_relative_to(dependency) for dependency in self._entry.dependencies)
 
     def _hash(self, path: str | Path) -> str:
         known = self._entry.dependencies if self._entry else {}
@@ -186,7 +190,7 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
             yield from _run(stage, deps, torch)
     except Killed as killed:
         print(
-            f"{stage} was stopped by {killed}; running it again goes on from its last checkpoint.",
+            f"{stage} was stopped by {killed}; running it again goes on from its last checkpoint, if it wrote one.",
             file=sys.stderr,
         )
         raise SystemExit(128 + killed.number) from None
@@ -197,6 +201,7 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
 
 def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageRun]:
     params = load_params()
+    _refuse_many_processes(params.launcher)
     check_disk()
     for dep in deps:
         _must_exist(Path(dep))
@@ -215,7 +220,7 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     run = StageRun(stage, params, run_key, main, sink, history, entry, workspace)
     status = "FAILED"
     try:
-        with _as_resource_error():
+        with _as_resource_error(stage):
             yield run
             if main:
                 _finish(run)
@@ -229,7 +234,9 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
 
 
 def _finish(run: StageRun) -> None:
-    """After the body: the curve as a file, final metrics and the parent's summary to MLflow."""
+    """After the body: curve and final metrics as files, and with the parent's summary to MLflow."""
+    if run._final is not None:
+        write_json(Path("metrics") / f"{run.stage}.json", run._final)
     for step, values in run._history.rest():
         run._sink.metrics(values, step=step)
     plot = f"plots/{run.stage}.csv"
@@ -342,6 +349,15 @@ def check_disk(folder: Path | None = None) -> None:
             )
 
 
+def _refuse_many_processes(launcher: str) -> None:
+    """Each of them would train a model of its own and write over the others'."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"launcher {launcher!r} started {os.environ['WORLD_SIZE']} processes; a stage runs in one. "
+            "Set launcher: python, or accelerate launch --num_processes 1."
+        )
+
+
 def _must_exist(path: Path) -> None:
     filled = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if not filled:
@@ -352,20 +368,30 @@ def _must_exist(path: Path) -> None:
         raise MissingArtifact(f"{path} {what}. Run `dvc repro {stage}`, which writes it.")
 
 
+def _less_memory(stage: str) -> str:
+    """What to change so that the stage needs less."""
+    return {
+        "sft": "Halve sft.micro_batch_size in params.yaml.",
+        "reward": "Halve reward.micro_batch_size or reward.norm_samples in params.yaml.",
+        "ppo": "Halve ppo.micro_batch_size, ppo.rollouts or ppo.response_tokens in params.yaml.",
+        "evaluate": "Lower evaluate.response_tokens in params.yaml.",
+    }.get(stage, "Take a smaller base model.")
+
+
 @contextmanager
-def _as_resource_error() -> Iterator[None]:
+def _as_resource_error(stage: str) -> Iterator[None]:
     """A full disk or memory is the user's to mend, so it gets a message and no traceback."""
     try:
         yield
     except MemoryError as error:
-        raise ResourceError("The memory is used up. Lower micro_batch_size in params.yaml.") from error
+        raise ResourceError(f"The memory is used up. {_less_memory(stage)}") from error
     except OSError as error:
         if error.errno == errno.ENOSPC and not isinstance(error, RLHFError):
             raise ResourceError(f"The disk is full ({error.filename or 'while writing'}); free some space.") from error
         raise
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
-            raise ResourceError("The GPU's memory is used up. Lower micro_batch_size in params.yaml.") from error
+            raise ResourceError(f"The GPU's memory is used up. {_less_memory(stage)}") from error
         raise
 
 

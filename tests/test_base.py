@@ -1,10 +1,12 @@
 """A base model comes to its folder, or the error says what was tried."""
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_core.base import fetch_base, set_pad
@@ -34,13 +36,28 @@ def test_the_same_source_makes_the_same_bytes(tmp_path: Path, llama: Path) -> No
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_what_is_there_already_is_left_alone(tmp_path: Path, llama: Path) -> None:
+@pytest.mark.parametrize("source", ["hub:name@revision", "wheel:name==1"])
+def test_a_named_version_that_is_there_already_is_left_alone(tmp_path: Path, llama: Path, source: str) -> None:
     folder = tmp_path / "base"
     fetch_base(f"path:{llama}", folder)
-    (folder / "config.json").write_text("{}")  # would be mended if anything were done
+    (folder / "source.json").write_text(json.dumps({"source": source}))
     before = contents(folder)
-    fetch_base(f"path:{llama}", folder)
+    fetch_base(source, folder)  # would fail if anything were fetched
     assert contents(folder) == before
+
+
+def test_a_folder_in_which_other_weights_lie_is_taken_again(tmp_path: Path, llama: Path) -> None:
+    own, folder = tmp_path / "own", tmp_path / "base"
+    shutil.copytree(llama, own)
+    fetch_base(f"path:{own}", folder)
+    before = contents(folder)
+    model = AutoModelForCausalLM.from_pretrained(own)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(own)
+    fetch_base(f"path:{own}", folder)
+    changed = {name for name, content in contents(folder).items() if before[name] != content}
+    assert changed == {"model.safetensors"}
 
 
 def test_another_source_replaces_what_is_there(tmp_path: Path, llama: Path, gpt2: Path) -> None:

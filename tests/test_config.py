@@ -167,10 +167,12 @@ def test_fractions_have_to_leave_a_training_split(raw: dict[str, Any]) -> None:
             "rollouts 32 is no multiple of minibatch_size 12",
         ),
         ({"minibatch_size": 16, "micro_batch_size": 5}, "minibatch_size 16 is no multiple of micro_batch_size 5"),
+        ({"kl_controller": "adaptive", "kl_coef": 0.0}, "kl_coef 0 stays 0 with kl_controller adaptive"),
+        ({"kl_controller": "adaptive", "kl_horizon": 31}, "kl_horizon 31 is below rollouts 32"),
         ({"updates": 4, "value_warmup_updates": 4}, "value_warmup_updates 4 leaves none of 4 updates"),
     ],
 )
-def test_ppo_batches_have_to_divide(raw: dict[str, Any], values: dict[str, int], message: str) -> None:
+def test_ppo_values_have_to_fit_each_other(raw: dict[str, Any], values: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_params(changed(raw, "ppo", **values))
 

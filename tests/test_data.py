@@ -209,6 +209,7 @@ BAD_RANKINGS = [
     (bad(responses=["a", "b"]), "ranks: found nothing, expected 2 whole numbers from 1, one a response"),
     (bad(responses=["a", "b"], ranks=[1]), "ranks: found [1], expected 2 whole numbers from 1, one a response"),
     (bad(responses=["a", "b"], ranks=[0, 1]), "ranks: found [0, 1], expected 2 whole numbers from 1, one a response"),
+    (bad(responses=["a", "b"], ranks=[True, 2]), "ranks: found [True, 2], expected 2 whole numbers from 1, one a response"),
     (
         bad(responses=["a", "b"], ranks=[1, 2.5]),
         "ranks: found [1, 2.5], expected 2 whole numbers from 1, one a response",
@@ -344,15 +345,32 @@ def test_rows_that_differ_in_case_and_spacing_alone_count_as_one(
     doubled = {"prompt": "Question  0", "response": "ANSWER 0"}
     other = {"prompt": "question 0", "response": "another answer"}
     turned = {"prompt": "question 1", "responses": ["bad 1", "good 1"], "ranks": [2, 1]}
+    disagrees = {"prompt": "question 1", "responses": ["bad 1", "good 1"], "ranks": [1, 2]}
+    second = {**turned, "annotator": "second"}
     shown = write_lines(tmp_path / "shown.jsonl", [*demonstrations(60), doubled, other])
-    ranked = write_lines(tmp_path / "ranked.jsonl", [*rankings(60), turned])
+    ranked = write_lines(tmp_path / "ranked.jsonl", [*rankings(60), turned, disagrees, second])
     prepared = prepare(config(demonstrations=[shown], rankings=[ranked]), tokenizer, 256)
     assert prepared.duplicates == 2
     assert summarise(prepared, tokenizer, "")["duplicates"] == 2
     answers = [r.response for r in everything(prepared, "demonstrations") if r.prompt[0][1].lower() == "question 0"]
     assert sorted(answers) == ["another answer", "answer 0"]  # the first of the two stays
-    (kept,) = [record for record in everything(prepared, "rankings") if record.prompt[0][1] == "question 1"]
-    assert kept.responses == ("good 1", "bad 1")
+    kept = [record for record in everything(prepared, "rankings") if record.prompt[0][1] == "question 1"]
+    assert [(record.responses[0], record.ranks, record.annotator) for record in kept] == [
+        ("good 1", (1, 2), ""),  # the first of the two that say the same
+        ("bad 1", (1, 2), ""),
+        ("bad 1", (2, 1), "second"),
+    ]
+
+
+def test_a_split_whose_rankings_are_all_ties_is_refused(
+    config: Callable[..., Prepare], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [row if split_of((("user", row["prompt"]),), config()) != "gold" else {**row, "ranks": [1, 1]}
+            for row in rankings(60)]  # fmt: skip
+    ranked = write_lines(tmp_path / "ranked.jsonl", rows)
+    shown = write_lines(tmp_path / "shown.jsonl", demonstrations(60))
+    with pytest.raises(DataError, match="rankings of split gold are ties"):
+        prepare(config(demonstrations=[shown], rankings=[ranked]), tokenizer, 256)
 
 
 def test_no_prompt_is_in_two_splits_and_all_kinds_agree(

@@ -13,6 +13,7 @@ from rlhf_core import evaluate
 from rlhf_core.evaluate import POLICIES, Evaluation, Response, compare, evaluate_policies
 from rlhf_core.models import Normaliser, Roles
 from rlhf_core.records import Demonstration, Prompt
+from rlhf_core.rollouts import sample
 from rlhf_core.statistics import length_controlled_win_rate
 from rlhf_core.tracking import NullTracker
 
@@ -147,6 +148,22 @@ def test_every_policy_answers_every_prompt(moved: Evaluation) -> None:
         assert [one.prompt for one in moved.greedy[policy]] == [0, 1, 2]
         assert all(1 <= one.tokens <= 6 for one in moved.sampled[policy])
         assert all(one.stopped or one.tokens == 6 for one in moved.sampled[policy])
+
+
+def test_many_prompts_are_answered_in_pieces(
+    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = []
+
+    def watched(model: Any, prompts: list[list[int]], **options: Any) -> Any:
+        widths.append(len(prompts))
+        return sample(model, prompts, **options)
+
+    monkeypatch.setattr(evaluate, "sample", watched)
+    monkeypatch.setattr(evaluate, "SAMPLED_ROWS", 2)
+    found = run(llama, folders(move=True), section("evaluate"), tokenizer)
+    assert widths == [2, 1] * 9
+    assert [one.prompt for one in found.sampled["ppo"]] == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_summary_is_the_mean_of_its_responses(moved: Evaluation) -> None:

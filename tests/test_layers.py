@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
 OWNERS = {  # tool → where it may be imported
@@ -42,6 +43,38 @@ def test_imports_go_down_and_tools_have_one_owner(path: Path) -> None:
         outside = {module for module in modules if not module.startswith("rlhf_core.functional")}
         outside = {module.partition(".")[0] for module in outside} - set(sys.stdlib_module_names)
         assert outside <= {"torch"}, f"{name} is maths, and imports {outside - {'torch'}}"
+
+
+# Modules of rlhf_core that decide no number of a stage, though it imports them, and why.
+ALLOWED = {
+    "prepare": {"models", "functional"},  # only where a model's folder is found
+    "sft": {"base"},  # what it did lies in artifacts/base; so for the stages after
+    "reward": {"base"},
+    "ppo": {"base"},
+    "evaluate": {"base", "checkpoints", "optimisation"},  # the last two of the loops, whose other functions it uses
+}
+EVERYWHERE = {"config", "errors", "tracking"}  # values are DVC params; messages; what reports
+
+
+def core_modules(path: Path, found: set[str]) -> set[str]:
+    """Every module of rlhf_core that a file imports, and what those import."""
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        name = rest.partition(".")[0]
+        if top == "rlhf_core" and name and name not in found:
+            found.add(name)
+            if name != "functional":
+                core_modules(PROJECT / "rlhf_core" / f"{name}.py", found)
+    return found
+
+
+@pytest.mark.parametrize("stage", ["prepare", "sft", "reward", "ppo", "evaluate"])
+def test_dvc_watches_all_code_that_decides_a_stages_numbers(stage: str) -> None:
+    deps = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    watched = {Path(dep).stem for dep in deps if dep.startswith("rlhf_core/")}
+    needed = core_modules(PROJECT / "tasks" / f"{stage}.py", set()) - EVERYWHERE - ALLOWED.get(stage, set())
+    assert watched - {"templates"} == needed
+    assert f"tasks/{stage}.py" in deps
 
 
 def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:

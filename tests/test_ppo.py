@@ -103,6 +103,7 @@ def test_the_value_model_starts_as_the_normalised_reward_model(
     trunk = roles.trunk(pack(PROMPTS, None, 0))
     expected_B = (roles.scores(trunk, REWARD) - NORMALISER.mean) / NORMALISER.std
     torch.testing.assert_close(roles.scores(trunk, VALUE), expected_B, rtol=1e-5, atol=1e-5)  # float32
+    assert roles.normalisers[VALUE] == Normaliser()  # or whoever loads it would normalise twice
     assert expected_B.std() > 0.1
 
 
@@ -311,6 +312,11 @@ def test_whitened_rewards_keep_their_mean(
         rewards_of(measure_rollouts(roles, sampled, section("ppo", whiten_rewards=on), kl_coef=0.1))[sampled.mask_BT]
         for on in (False, True)
     )
+    reward, whitened = (
+        measure_rollouts(roles, sampled, section("ppo", whiten_rewards=on), kl_coef=0.1).metrics["ppo/reward"]
+        for on in (False, True)
+    )
+    assert whitened == reward  # it stays in reward units
     assert white.mean().item() == pytest.approx(plain.mean().item(), abs=1e-5)  # float32
     assert white.std(correction=0).item() == pytest.approx(1, rel=1e-4)
 
@@ -382,6 +388,9 @@ def test_an_update_stops_early_once_the_policy_has_moved_too_far(
         tracker = MemoryTracker()
         learn(ready(llama), section("ppo", **settings, early_stop_kl=limit), tokenizer, tracker)
         counts[limit] = [metrics["ppo/minibatches"] for _, metrics in tracker.history]
+        if limit == 1e-6:  # what stopped the update is seen, at half its weight beside the first minibatch's 0
+            assert all(metrics["ppo/approx_kl"] > limit / 2 for _, metrics in tracker.history)
+            assert all(metrics["ppo/ratio"] != 1 for _, metrics in tracker.history)
     # The first minibatch of an update has moved nothing yet; the second sees what the first did.
     assert counts == {1e-6: [1, 1], 100.0: [6, 6]}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_core import reward
 from rlhf_core.data import encode_prompt
 from rlhf_core.errors import TrainingDiverged
 from rlhf_core.models import REFERENCE, Roles, pack
@@ -266,19 +267,42 @@ def test_the_temperature_scales_with_the_margins() -> None:
     assert thrice == pytest.approx(3 * once, rel=1e-6)  # the search stops there
 
 
-def normalised(roles: Roles, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, tuple[float, float]], Tensor]:
+def normalised(
+    roles: Roles, tokenizer: PreTrainedTokenizerFast, *, count: int = 12
+) -> tuple[dict[str, tuple[float, float]], Tensor]:
+    """What is found on `count` of twelve prompts, and the scores of the very responses."""
     prompts = [[7, 20, 35], [12, 5, 77, 31, 8], [40, 41], [9, 10, 11, 12]] * 3
-    found = normalise_on_samples(roles, [ROLE], prompts, max_tokens=6, tokenizer=tokenizer, seed=5)
+    found = normalise_on_samples(roles, [ROLE], prompts, count=count, max_tokens=6, tokenizer=tokenizer, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    chosen = [prompts[row] for row in torch.randperm(12, generator=generator)[:count].tolist()]
     sampled = sample(
         roles.language_model(REFERENCE),
-        prompts,
+        chosen,
         max_tokens=6,
         temperature=1.0,
         stop_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(5),
+        generator=generator,
     )
     return found, score_samples(roles, ROLE, sampled).double()
+
+
+def test_scores_are_normalised_on_prompts_from_all_over_the_data(
+    llama: Path, section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def watched(model: Any, prompts: list[list[int]], **options: Any) -> Any:
+        seen.extend(prompts)
+        return sample(model, prompts, **options)
+
+    monkeypatch.setattr(reward, "sample", watched)
+    by_kind = [[kind, number] for kind in range(10, 18) for number in range(20, 40)]  # sorted, as data often comes
+    options = {"count": 40, "max_tokens": 2, "tokenizer": tokenizer, "seed": 0}
+    normalise_on_samples(reward_model(llama, section("reward")), [ROLE], by_kind, **options)
+    assert len(seen) == 40
+    assert len({tuple(prompt) for prompt in seen}) == 40
+    assert {prompt[0] for prompt in seen} == set(range(10, 18))
 
 
 def test_scores_have_mean_0_and_deviation_1_on_the_samples(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core import rollouts
+from rlhf_core.errors import ConfigError
 from rlhf_core.models import REFERENCE, Roles, load_policy, pack
 from rlhf_core.records import Sampled
 from rlhf_core.rollouts import draw, pad_left, sample
@@ -92,6 +93,22 @@ def test_what_a_row_becomes_depends_on_its_seed_alone(model: Any) -> None:
     first, again, other = (roll(model, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.ids_BT, again.ids_BT)
     assert not torch.equal(first.ids_BT, other.ids_BT)
+
+
+def test_what_the_generator_gives_next_does_not_hang_on_how_long_responses_were(model: Any) -> None:
+    following = []
+    for stop_id in (2, 10**6):  # some stop early, or none ever
+        generator = torch.Generator().manual_seed(1)
+        sample(model, PROMPTS, max_tokens=9, temperature=1.0, stop_id=stop_id, pad_id=0, generator=generator)
+        following.append(torch.rand(1, generator=generator).item())
+    assert following[0] == following[1]
+
+
+def test_what_would_pass_the_models_context_is_refused(model: Any) -> None:
+    context = model.config.max_position_embeddings
+    longest = max(map(len, PROMPTS))
+    with pytest.raises(ConfigError, match=f"make {context + 1}; the model's context is {context}"):
+        roll(model, PROMPTS, max_tokens=context - longest + 1)
 
 
 def test_draw_inverts_the_distribution_function_by_hand() -> None:

@@ -152,6 +152,42 @@ def test_signal_handlers_are_given_back(project: Path) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_stage_that_fails_leaves_the_metrics_of_its_last_good_run(project: Path) -> None:
+    (project / "metrics").mkdir()
+    (project / "metrics/ppo.json").write_text('{"kl": 1}')
+
+    def failing() -> None:
+        with stage_run("ppo", torch=False) as run:
+            run.finish_metrics({"kl": 2.0})
+            raise DataError("after all")
+
+    with pytest.raises(SystemExit):
+        failing()
+    assert (project / "metrics/ppo.json").read_text() == '{"kl": 1}'
+
+
+def test_a_launch_of_many_processes_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit), stage_run("ppo", torch=False):
+        pass
+    assert "started 2 processes; a stage runs in one" in capsys.readouterr().err
+
+
+def test_a_file_is_a_dependency_if_dvc_watches_it_or_a_folder_above(keyed: Path) -> None:
+    with stage_run("ppo", torch=False) as run:
+        assert run.is_dependency("data/starter/prompts.jsonl")
+        assert run.is_dependency("data/mine.jsonl")
+        assert not run.is_dependency("data/other.jsonl")
+        assert not run.is_dependency("data/starter.jsonl")
+
+
+def test_outside_of_dvc_every_file_is_read_anew(project: Path) -> None:
+    with stage_run("ppo", torch=False) as run:
+        assert run.is_dependency("data/other.jsonl")
+
+
 def test_helper_processes_of_a_launch_report_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with stage_run("ppo", torch=False) as run:
@@ -218,7 +254,7 @@ def test_a_curve_that_was_complete_before_the_kill_is_kept(tmp_path: Path) -> No
 @pytest.fixture
 def keyed(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stages here have a run key, as under DVC; the folder of ppo's checkpoints."""
-    entry = StageEntry("ppo", "ab" * 32, {})
+    entry = StageEntry("ppo", "ab" * 32, {"data/starter": "1.dir", "data/mine.jsonl": "2"})
     monkeypatch.setattr(stage_module, "_lineage", lambda stage: (None, entry))
     return project / ".rlhf/checkpoints/ppo"
 
