@@ -209,7 +209,10 @@ BAD_RANKINGS = [
     (bad(responses=["a", "b"]), "ranks: found nothing, expected 2 whole numbers from 1, one a response"),
     (bad(responses=["a", "b"], ranks=[1]), "ranks: found [1], expected 2 whole numbers from 1, one a response"),
     (bad(responses=["a", "b"], ranks=[0, 1]), "ranks: found [0, 1], expected 2 whole numbers from 1, one a response"),
-    (bad(responses=["a", "b"], ranks=[True, 2]), "ranks: found [True, 2], expected 2 whole numbers from 1, one a response"),
+    (
+        bad(responses=["a", "b"], ranks=[True, 2]),
+        "ranks: found [True, 2], expected 2 whole numbers from 1, one a response",
+    ),
     (
         bad(responses=["a", "b"], ranks=[1, 2.5]),
         "ranks: found [1, 2.5], expected 2 whole numbers from 1, one a response",
