@@ -341,6 +341,26 @@ def test_decisions_are_numbered_without_gaps() -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def test_details_are_numbered_and_name_files_tests_and_values_that_are_there() -> None:
+    page = PROJECT / "docs" / "details.md"
+    entries = re.split(r"^(?=\d+\. )", read(page), flags=re.M)[1:]
+    assert [int(entry.partition(".")[0]) for entry in entries] == list(range(1, len(entries) + 1))
+    for entry in entries:
+        title = entry.splitlines()[0]
+        held = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", entry)
+        assert len(held) == entry.count("::"), f"{title}: a test is not written as `tests/test_x.py::test_name`"
+        assert held or "No test." in entry, f"{title} names no test, and does not say so"
+        for file, name in held:
+            tests = [node.name for node in ast.parse(read(PROJECT / file)).body if isinstance(node, ast.FunctionDef)]
+            assert name in tests, f"{title} names {name}, which is not in {file}"
+        assert re.search(r"\]\(\.\./\S+\.py\)", entry), f"{title} links to no file"
+    for target, path, _ in links(page):
+        assert path.is_file(), f"{shown(page)} links to {target}"
+    params = yaml.safe_load(read(PROJECT / "params.yaml"))
+    for section, key, value in re.findall(r"`(\w+)\.(\w+): ([^`]+)`", read(page)):
+        assert params[section][key] == yaml.safe_load(value), f"{shown(page)} says {section}.{key}: {value}"
+
+
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.~-])/(?:work|home|root|Users|mnt)/\w",
     "a temporary folder": r"(?<![\w.])/tmp/\w",
