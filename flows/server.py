@@ -32,6 +32,8 @@ def prepare_prefect(root: Path) -> Path:
     """Set what Prefect reads when it is imported; returns its home in this workspace. Your own settings win."""
     home = Path(os.environ.setdefault("PREFECT_HOME", str(root / ".rlhf" / "prefect")))
     home.mkdir(parents=True, exist_ok=True)
+    # Its pages ask the server they came from; by default they ask port 4200, whatever port they were served on.
+    os.environ.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
     for who, run in (("STANDARD_FLOW", "flow"), ("STANDARD_TASK", "task")):  # time, stage, line
         name = "rlhf    " if run == "flow" else "%(task_run_name)-8s"
         os.environ.setdefault(f"PREFECT_LOGGING_FORMATTERS_{who}_RUN_FMT", f"%(asctime)s  {name}  %(message)s")

@@ -121,6 +121,8 @@ def test_a_served_deployment_is_scheduled_runs_and_can_be_cancelled(toy: Path, m
     serving = rlhf(toy, "serve", "--cron", "0 3 * * *", "--port", str(port), start_new_session=True)
     try:
         scheduled = poll(lambda: api(port, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ui-settings", timeout=20) as reply:
+            assert json.load(reply)["api_url"] == "/api"  # its pages ask this server, and not one on port 4200
         times = [datetime.datetime.fromisoformat(run["expected_start_time"]) for run in scheduled]
         assert {(time.hour, time.minute) for time in times} == {(3, 0)}
         assert all(run["auto_scheduled"] for run in scheduled)
