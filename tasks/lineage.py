@@ -100,6 +100,10 @@ class Workspace:
         _, _, obj = build(self._repo.cache.local, absolute, localfs, "md5", dry_run=True)
         return str(obj.hash_info.value)
 
+    def recorded(self, run_key: str) -> bool:
+        """Whether DVC has the outputs of a run with this key, or a key that begins so: it was not lost on the way."""
+        return any((Path(self._repo.stage_cache.cache_dir) / run_key[:2]).glob(f"{run_key}*"))
+
     def current(self) -> dict[str, StageEntry]:
         """The stages that are up to date: what dvc.lock says is what would be computed from the workspace."""
         lock_file = self.root / "dvc.lock"

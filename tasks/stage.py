@@ -36,6 +36,7 @@ from tasks.tracking import MLflowTracker, Parent
 if TYPE_CHECKING:
     from rlhf_core.checkpoints import Checkpoints
 
+ENDED = "ended"  # in a folder of checkpoints: the journal of the run that ended well
 KEPT_CONFIGURATIONS = 2  # of a stage, whose checkpoints wait beside the present one's
 MIN_FREE_GB = 3.0  # a run's weights and caches; RLHF_MIN_FREE_GB overrides
 _TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
@@ -213,9 +214,11 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     main = int(os.environ.get("RANK", "0")) == 0
     workspace, entry = _lineage(stage)
     run_key = entry.run_key if entry else ""
-    if main and run_key:
-        _forget_old_checkpoints(stage, run_key)
     sink: Tracker = _open_tracker(stage, params, entry) if main else NullTracker()
+    if main and workspace and run_key:
+        _clear_checkpoints(stage, run_key, workspace)
+        if isinstance(sink, MLflowTracker) and (lost := _ended(stage, run_key)):
+            sink.replaces(lost)
     history = History(_checkpoints(stage, run_key) / "history.jsonl" if main and run_key else None)
     run = StageRun(stage, params, run_key, main, sink, history, entry, workspace)
     status = "FAILED"
@@ -255,7 +258,10 @@ def _finish(run: StageRun) -> None:
                 state["run_keys"][run.stage] = run.run_key
                 state["dependencies"].update(run._entry.dependencies)
                 run._sink.summary(state)
-    if run.run_key:
+    if run.run_key and isinstance(run._sink, MLflowTracker) and _dvc_process():
+        # DVC has yet to record the outputs. Until it has, a kill would lose them, but not what they came from.
+        write_text(_checkpoints(run.stage, run.run_key) / ENDED, run._sink.journal_id)
+    elif run.run_key:
         shutil.rmtree(_checkpoints(run.stage, run.run_key), ignore_errors=True)  # run again, it starts anew
 
 
@@ -283,14 +289,18 @@ def _parent(tags: Mapping[str, str], params: Mapping[str, str]) -> tuple[Parent,
     """The pipeline run of the flow, or one that the stages of this `dvc repro` process share; and the door's name."""
     if ref := _flow_parent():
         return Parent(ref, "flow", {**tags, "rlhf.kind": "pipeline", "rlhf.door": "flow"}, owned=False), "flow"
-    me = psutil.Process()
-    dvc = next((process for process in me.parents() if _is_dvc(process)), None)
+    me, dvc = psutil.Process(), _dvc_process()
     door = "dvc" if dvc else "python"
     started = (dvc or me).create_time()
     name = tags.get("rlhf.dvc_experiment") or f"{door}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
     key = f"key:{door}-{(dvc or me).pid}-{started:.2f}"
     parent_tags = {**tags, "rlhf.kind": "pipeline", "rlhf.door": door}
     return Parent(key, name, parent_tags, params, int(started * 1000)), door
+
+
+def _dvc_process() -> psutil.Process | None:
+    """The `dvc` command that runs this stage."""
+    return next((process for process in psutil.Process().parents() if _is_dvc(process)), None)
 
 
 def _is_dvc(process: psutil.Process) -> bool:
@@ -317,10 +327,19 @@ def _checkpoints(stage: str, run_key: str) -> Path:
     return state_folder() / "checkpoints" / stage / run_key[:16]
 
 
-def _forget_old_checkpoints(stage: str, run_key: str) -> None:
-    """Room for this configuration's: of others that were stopped and never finished, only the last few are kept."""
-    folder = state_folder() / "checkpoints" / stage
-    others = [other for other in folder.glob("*") if other.name != run_key[:16]]
+def _ended(stage: str, run_key: str) -> str:
+    """The journal of the run that ended well with this key, if DVC was killed before it had recorded the outputs."""
+    file = _checkpoints(stage, run_key) / ENDED
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _clear_checkpoints(stage: str, run_key: str, workspace: Workspace) -> None:
+    """Remove what nobody goes on from: runs whose outputs DVC has, and of this stage all but the last few stopped."""
+    for file in (state_folder() / "checkpoints").glob(f"*/*/{ENDED}"):
+        if workspace.recorded(file.parent.name):
+            shutil.rmtree(file.parent, ignore_errors=True)
+    own = _checkpoints(stage, run_key)
+    others = [other for other in own.parent.glob("*") if other != own]
     for other in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_CONFIGURATIONS]:
         shutil.rmtree(other, ignore_errors=True)
 

@@ -360,6 +360,14 @@ class Replay:
         client, run_id = self._run()
         client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in event["tags"].items()])
 
+    def _on_replaces(self, event: dict[str, Any]) -> None:
+        """A run whose outputs were lost before DVC had them is no finished one, whatever its own journal says."""
+        _send_leftover(self.path.with_name(f"{event['id']}.jsonl"), uri=self.uri)
+        assert self.client is not None
+        lost = _find_run(self.client, self._experiment, rlhf__outbox_id=event["id"])
+        if lost is not None:
+            self.client.set_terminated(lost.info.run_id, "KILLED", lost.info.end_time)
+
     def _on_summary(self, event: dict[str, Any]) -> None:
         if self.client is not None and self.parent_id:
             own = {event["stage"]: self.run_id} if event.get("stage") and self.run_id else {}
@@ -470,6 +478,15 @@ class MLflowTracker:
     def run_id(self) -> str | None:
         """The MLflow run's id, once MLflow has answered."""
         return self._replay.run_id
+
+    @property
+    def journal_id(self) -> str:
+        """What names this run in the outbox and, as tag rlhf.outbox_id, in MLflow."""
+        return self._journal.id
+
+    def replaces(self, journal_id: str) -> None:
+        """Say that this run stands for an earlier one, whose outputs were lost; that one is then KILLED."""
+        self._append("replaces", id=journal_id)
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Record values named `stage/quantity` at a step."""
@@ -604,32 +621,43 @@ def sync_outbox(
     for path in sorted(outbox.glob("*.jsonl"), key=lambda journal: journal.stat().st_mtime):
         if stop is not None and stop.is_set():
             break
-        lock = FileLock(f"{path}.lock")
         try:
-            lock.acquire(timeout=0)
+            sent += _send_leftover(path, uri=uri, only_uri=only_uri)
         except Timeout:  # a stage is writing it
             continue
-        try:
-            if not path.is_file():
-                continue
-            with path.open(encoding="utf-8") as file:
-                first = file.readline()
-            if first.endswith("\n"):
-                if only_uri and json.loads(first)["uri"] != only_uri:
-                    continue
-                replay = Replay(path, uri=uri, live=False)
-                replay.pump()
-                replay.close_dead()
-            path.unlink()
-            sent += 1
         except Exception as error:  # border: the store's or the network's failure is told, the journal stays
             left += 1
             print(f"{path.name} stays in the outbox: {_first_line(error)}", flush=True)
-        finally:
-            lock.release()
-            if not path.exists():
-                Path(f"{path}.lock").unlink(missing_ok=True)
     return sent, left
+
+
+def _send_leftover(path: Path, *, uri: str | None = None, only_uri: str | None = None) -> bool:
+    """Send the journal of a process that is gone, and remove it; False where there is none or it is not for only_uri.
+
+    Raises:
+        Timeout: its process lives.
+    """
+    if not path.is_file():
+        return False
+    lock = FileLock(f"{path}.lock")
+    lock.acquire(timeout=0)
+    try:
+        if not path.is_file():
+            return False
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+        if first.endswith("\n"):
+            if only_uri and json.loads(first)["uri"] != only_uri:
+                return False
+            replay = Replay(path, uri=uri, live=False)
+            replay.pump()
+            replay.close_dead()
+        path.unlink()
+        return True
+    finally:
+        lock.release()
+        if not path.exists():
+            Path(f"{path}.lock").unlink(missing_ok=True)
 
 
 # Pipeline runs: parents of the stages' runs

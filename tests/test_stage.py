@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -255,7 +256,7 @@ def test_a_curve_that_was_complete_before_the_kill_is_kept(tmp_path: Path) -> No
 def keyed(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stages here have a run key, as under DVC; the folder of ppo's checkpoints."""
     entry = StageEntry("ppo", "ab" * 32, {"data/starter": "1.dir", "data/mine.jsonl": "2"})
-    monkeypatch.setattr(stage_module, "_lineage", lambda stage: (None, entry))
+    monkeypatch.setattr(stage_module, "_lineage", lambda stage: (SimpleNamespace(recorded=lambda key: False), entry))
     return project / ".rlhf/checkpoints/ppo"
 
 
@@ -337,9 +338,9 @@ def test_state_lies_in_the_repository_and_work_in_the_workspace(
 # Under DVC
 
 STAGE = """
-import sys
+import os, signal, sys
 from pathlib import Path
-from tasks.stage import stage_run
+from tasks.stage import _dvc_process, stage_run
 name, upstream = sys.argv[1:]
 with stage_run(name, deps=[upstream], torch=False) as run:
     run.log_dataset("starter", upstream, rows=1)
@@ -349,13 +350,17 @@ with stage_run(name, deps=[upstream], torch=False) as run:
     (out / "weights").write_text(f"{name} {run.params.ppo.kl_coef if name == 'ppo' else ''}")
     run.register_model(name, out, {"loss": 0.5})
     run.finish_metrics({"accuracy": 0.75})
+    Path("seen").write_text(" ".join(sorted(p.name for p in Path(".rlhf/checkpoints").rglob("step-*"))))
+    run.checkpoints.folder.joinpath(f"step-{name}").mkdir(parents=True, exist_ok=True)
+if Path("kill").exists():
+    Path("kill").unlink()
+    _dvc_process().send_signal(signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
-def test_stages_of_one_dvc_repro_share_a_parent_with_full_lineage(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DVC repository with the stages sft and ppo, each of them STAGE."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     (project / "stage.py").write_text(STAGE)
     (project / "data").mkdir()
@@ -373,6 +378,28 @@ def test_stages_of_one_dvc_repro_share_a_parent_with_full_lineage(
     }
     (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     init_dvc(project)
+    return project
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_well_but_was_lost_before_dvc_had_it_gives_way_to_the_next(two_stages: Path) -> None:
+    (two_stages / "kill").touch()
+    with pytest.raises(subprocess.CalledProcessError):
+        dvc(two_stages, "repro")
+    assert of_stage("sft").info.status == "FINISHED"  # and gone from the disk with the next run
+    dvc(two_stages, "repro", "sft")
+    assert (two_stages / "seen").read_text() == "step-sft"  # it goes on from what the lost run had saved
+    assert [run.info.status for run in recorded() if run.info.run_name == "sft"] == ["KILLED", "FINISHED"]
+    dvc(two_stages, "repro", "--force", "sft")  # this one DVC has, so it stands, and the next one starts anew
+    assert (two_stages / "seen").read_text() == ""
+    assert [run.info.status for run in recorded() if run.info.run_name == "sft"][1:] == ["FINISHED", "FINISHED"]
+    dvc(two_stages, "repro")
+    assert (two_stages / "seen").read_text() == ""  # sft's are removed
+
+
+@pytest.mark.slow
+def test_stages_of_one_dvc_repro_share_a_parent_with_full_lineage(two_stages: Path) -> None:
+    project = two_stages
     dvc(project, "repro")
     sft, ppo = of_stage("sft"), of_stage("ppo")
     client = connect()

@@ -191,6 +191,22 @@ def test_the_next_stage_sends_what_the_last_could_not(uri: str, outbox: Path, cl
     assert [run.info.status for run in runs(uri)["ppo"]] == ["FINISHED"]
 
 
+def test_a_run_that_another_one_replaces_is_no_finished_one_even_if_it_is_sent_late(
+    uri: str, outbox: Path, closed_port: str
+) -> None:
+    assert not record(closed_port, patience=0.0)
+    (journal,) = outbox.glob("*.jsonl")
+    journal.write_text(journal.read_text().replace(closed_port, uri))
+    for _ in range(2):  # the second time it is recorded already
+        tracker = MLflowTracker("ppo", params={}, tags={}, uri=uri)
+        tracker.replaces(journal.stem)
+        assert tracker.close()
+    assert not list(outbox.iterdir())
+    by_id = {run.data.tags["rlhf.outbox_id"]: run.info.status for run in runs(uri)["ppo"]}
+    assert by_id.pop(journal.stem) == "KILLED"
+    assert list(by_id.values()) == ["FINISHED", "FINISHED"]
+
+
 def test_leftovers_for_another_server_stay(uri: str, outbox: Path, closed_port: str) -> None:
     assert not record(closed_port, patience=0.0)
     assert sync_outbox(only_uri=uri) == (0, 0)
