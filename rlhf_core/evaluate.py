@@ -180,10 +180,7 @@ def _measure(
             kl_B[rows] = (own_BT - ref_BT).sum(1).cpu()  # both are 0 beyond the response
         for judge, scores_B in raw.items():
             scores_B[rows] = tuned.scores(trunk, judge).cpu()
-    scores = {}
-    for judge, scores_B in raw.items():
-        mean, std, _ = tuned.normalisers[judge]
-        scores[judge] = ((scores_B - mean) / std).tolist()
+    scores = {judge: tuned.normalisers[judge](scores_B).tolist() for judge, scores_B in raw.items()}
     return [
         Response(
             prompt=first + row,

@@ -78,11 +78,15 @@ class TrunkCache:
 
 
 class Normaliser(NamedTuple):
-    """Statistics stored with a reward model: score = (raw − mean) / std, probability = σ(margin / temperature)."""
+    """Statistics stored with a reward model: score = (raw − mean) / std, probability = σ(raw margin / temperature)."""
 
     mean: float = 0.0
     std: float = 1.0
     temperature: float = 1.0
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Scores of raw outputs: standard deviations above the mean of what SFT answers."""
+        return (raw - self.mean) / self.std
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ SFT policy. The loop below is the whole algorithm; read it from top to bottom.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from rlhf_core.rollouts import sample
 from rlhf_core.tracking import Tracker
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"
+Score = Callable[[Sampled], Tensor]  # (B,) float, one score a response
 SHOWN_SAMPLES = 4  # responses an update that go to the table
 
 
@@ -68,11 +69,13 @@ def train_ppo(
     tokenizer: PreTrainedTokenizerBase,
     tracker: Tracker,
     checkpoints: Checkpoints = NO_CHECKPOINTS,
+    score: Score | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train roles "policy" and "value", which `add_roles` made.
 
     Args:
         prompts: token ids of each prompt that may be sampled from.
+        score: what responses are worth, in place of role "reward"; the value model predicts it, so around ±1 is best.
         checkpoints: where a loop that was stopped goes on from.
 
     Returns:
@@ -118,7 +121,7 @@ def train_ppo(
             pad_id=tokenizer.pad_token_id,
             generator=generator,
         )
-        rollouts, metrics, scores_B = measure_rollouts(roles, sampled, config, kl_coef=controller.coef)
+        rollouts, metrics, scores_B = measure_rollouts(roles, sampled, config, kl_coef=controller.coef, score=score)
         factor = rate_factor(update - 1, steps=config.updates, warmup=config.warmup_updates, schedule=config.schedule)
         set_rate(policy_optimiser, config.learning_rate * factor)
         set_rate(value_optimiser, config.value_learning_rate * factor)
@@ -180,7 +183,9 @@ def train_ppo(
 
 
 @torch.no_grad()
-def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: float) -> Measured:
+def measure_rollouts(
+    roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: float, score: Score | None = None
+) -> Measured:
     """Everything about the sampled responses that stays fixed while the update learns from them."""
     packed = pack(sampled.prompts, sampled.responses(), 0)
     ids_BT, mask_BT = packed.ids_BT.to(roles.device), packed.mask_BT.to(roles.device)
@@ -189,7 +194,7 @@ def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: fl
     logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT = (
         torch.zeros_like(mask_BT, dtype=torch.float) for _ in range(4)
     )
-    raw_scores_B = torch.zeros(len(mask_BT), device=roles.device)
+    scores_B = torch.zeros(len(mask_BT), device=roles.device) if score is None else score(sampled).to(roles.device)
     for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
         part, length = trunk.rows(rows), int(mask_BT[rows].sum(1).max())
         answer = (ids_BT[rows, :length], mask_BT[rows, :length])
@@ -198,9 +203,9 @@ def measure_rollouts(roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: fl
         logprobs_BT[rows, :length], entropy_BT[rows, :length] = found, spread
         ref_logprobs_BT[rows, :length], _ = roles.logprobs(part, REFERENCE, *answer, temperature=config.temperature)
         values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
-        raw_scores_B[rows] = roles.scores(part, REWARD)
-    mean, std, _ = roles.normalisers[REWARD]
-    scores_B = ((raw_scores_B - mean) / std).clamp(-config.score_clip, config.score_clip)
+        if score is None:
+            scores_B[rows] = roles.normalisers[REWARD](roles.scores(part, REWARD))
+    scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
     penalised_B = scores_B - config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
     rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=kl_coef)
     reward_B = rewards_BT.masked_fill(~mask_BT, 0).sum(1)  # in reward units, whatever is whitened after

@@ -228,6 +228,22 @@ def test_a_reward_is_the_kl_penalty_and_the_score_at_the_last_token(
 
 
 @torch.no_grad()
+def test_a_score_of_ones_own_takes_the_reward_models_place(
+    llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = Roles(llama, section("ppo"))
+    roles.add(POLICY)
+    roles.add(VALUE, head=True)
+    sampled = roll(roles, tokenizer)
+    lengths_B = sampled.mask_BT.sum(1).float() - 3
+    config = section("ppo", score_clip=2.0, missing_eos_penalty=0.0)
+    measured = measure_rollouts(roles, sampled, config, kl_coef=0.0, score=lambda found: found.mask_BT.sum(1) - 3.0)
+    assert torch.equal(measured.scores_B, lengths_B.clamp(max=2.0))
+    expected_BT = at_the_end(lengths_B.clamp(max=2.0), sampled.mask_BT)
+    torch.testing.assert_close(rewards_of(measured), expected_BT, rtol=1e-5, atol=1e-5)  # float32
+
+
+@torch.no_grad()
 def test_a_response_that_never_stopped_pays_exactly_its_penalty(
     llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
