@@ -67,6 +67,10 @@ class Training(Section):
     schedule: Schedule = Field(description="How the rate goes on after warm-up; linear and cosine end at 0.")
     weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this global norm.")
+    gradient_checkpointing: bool = Field(
+        description="Keep nothing of a layer's inside and compute it again in the backward pass: about a third more "
+        "time, a fraction of the memory, the same numbers."
+    )
 
 
 class Supervised(Training):
@@ -103,14 +107,27 @@ class PPO(Training):
     value_warmup_updates: int = Field(ge=0, description="First updates in which only the value model learns.")
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Keep kl_coef, or steer it to kl_target.")
     kl_coef: float = Field(ge=0, description="Weight of the KL penalty to the SFT policy, a token, in reward units.")
+    kl_penalty: Literal["reward", "loss"] = Field(
+        description="Take the KL off each token's reward (Ouyang et al. 2022), or add it to the policy's loss."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        description="Of the KL in the loss: k2's gradient is the KL's own, k3's has less noise and a bias, k1's is "
+        "noise around 0. In the reward the KL is k1."
+    )
     kl_target: float = Field(gt=0, description="Nats a response that the adaptive controller aims at.")
     kl_horizon: int = Field(gt=0, description="Responses over which the adaptive controller acts.")
     clip_range: float = Field(gt=0, description="The policy's ratio is clipped to 1 ± this (Schulman et al. 2017).")
+    dual_clip: float = Field(
+        ge=0,
+        description="Bounds the loss of a bad token that became much likelier to this times its advantage; 0 for none.",
+    )
+    entropy_coef: float = Field(ge=0, description="Weight of the policy's entropy, which its loss is lowered by.")
     value_clip_range: float = Field(gt=0, description="A value moves at most this far from its old one, reward units.")
     gamma: float = Field(ge=0, le=1, description="Discount; 1 since a response is one episode.")
     lam: float = Field(ge=0, le=1, description="GAE's λ: 1 is unbiased and noisy, 0 trusts the value model.")
     whiten_advantages: bool = Field(description="Bring a batch's advantages to mean 0, variance 1.")
     whiten_rewards: bool = Field(description="Bring a batch's rewards to variance 1, keeping their mean.")
+    scale_scores: bool = Field(description="Divide scores by the running deviation of all scores so far.")
     score_clip: float = Field(gt=0, description="Normalised scores are clipped to ± this.")
     missing_eos_penalty: float = Field(ge=0, description="Taken off the score of a response that never stopped.")
     early_stop_kl: float = Field(
@@ -127,6 +144,10 @@ class PPO(Training):
             raise ValueError("kl_coef 0 stays 0 with kl_controller adaptive, which multiplies it; begin above 0")
         if self.kl_controller == "adaptive" and self.kl_horizon < self.rollouts:
             raise ValueError(f"kl_horizon {self.kl_horizon} is below rollouts {self.rollouts}: the steering overshoots")
+        if self.kl_penalty == "reward" and self.kl_estimator != "k1":
+            raise ValueError(f"kl_estimator {self.kl_estimator} is for kl_penalty loss; in the reward the KL is k1")
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(f"dual_clip {self.dual_clip:g} would cut off where the ratio is 1; use 0, or above 1")
         if self.value_warmup_updates >= self.updates:
             raise ValueError(f"value_warmup_updates {self.value_warmup_updates} leaves none of {self.updates} updates")
         return self

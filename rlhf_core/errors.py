@@ -3,6 +3,9 @@
 Each class is also the builtin that a caller would expect to catch.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class RLHFError(Exception):
     """Base of every error that is the user's to mend; the doors print its message without a traceback."""
@@ -25,4 +28,13 @@ class ResourceError(RLHFError, RuntimeError):
 
 
 class TrainingDiverged(RLHFError, ArithmeticError):
-    """A loss or a gradient is not a number any more."""
+    """A loss or a gradient is not a number any more.
+
+    Args:
+        message: which quantity went first, and what helps.
+        batch: the tensors that it was computed from, by name.
+    """
+
+    def __init__(self, message: str, batch: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.batch = dict(batch)

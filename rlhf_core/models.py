@@ -10,7 +10,8 @@ Models stay in eval mode for good: dropout in rollouts or updates alone would mo
 import copy
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_core.base import set_pad
 from rlhf_core.config import Training
@@ -49,7 +52,8 @@ class Packed(NamedTuple):
 class Trunk(NamedTuple):
     """What the roles share of a batch: hidden states below the lowest adapter, or the ids where nothing is shared."""
 
-    states: Tensor  # (B, S, D) float, or (B, S) long
+    states: Tensor  # (B, S, D) float, or the ids
+    ids_BS: Tensor
     mask_BS: Tensor
     predicts_BS: Tensor
 
@@ -244,9 +248,9 @@ class Roles(nn.Module):
         """
         ids_BS, mask_BS, predicts_BS = (part.to(self.device) for part in packed[:3])
         if self.depth == 0:
-            return Trunk(ids_BS, mask_BS, predicts_BS)
+            return Trunk(ids_BS, ids_BS, mask_BS, predicts_BS)
         if cache is None:
-            return Trunk(self._lower(ids_BS, mask_BS), mask_BS, predicts_BS)
+            return Trunk(self._lower(ids_BS, mask_BS), ids_BS, mask_BS, predicts_BS)
         states = []
         for ids_S, mask_S in zip(ids_BS, mask_BS, strict=True):
             ids = tuple(ids_S[mask_S].tolist())
@@ -254,14 +258,15 @@ class Roles(nn.Module):
             found = cache.states.get(ids)
             states.append(found if found is not None else self._lower(ids_S[mask_S][None], mask_S[mask_S][None])[0])
             cache.keep(ids, states[-1])
-        return Trunk(pad_sequence(states, batch_first=True), mask_BS, predicts_BS)
+        return Trunk(pad_sequence(states, batch_first=True), ids_BS, mask_BS, predicts_BS)
 
     def hidden(self, trunk: Trunk, role: str) -> Tensor:
         """(B, S, D) last hidden states of a role, final norm included."""
         body = self._activate(role)
-        if trunk.states.dim() == 2:
-            return _run(_body(body), trunk.mask_BS, input_ids=trunk.states)
-        return _run(self._view(body, slice(self.depth, self.layers)), trunk.mask_BS, inputs_embeds=trunk.states)
+        with self._recomputing(body, role):
+            if trunk.states.dim() == 2:
+                return _run(_body(body), trunk.mask_BS, input_ids=trunk.states)
+            return _run(self._view(body, slice(self.depth, self.layers)), trunk.mask_BS, inputs_embeds=trunk.states)
 
     def logprobs(
         self, trunk: Trunk, role: str, ids_BT: Tensor, mask_BT: Tensor, *, temperature: float, entropy: bool = False
@@ -284,8 +289,7 @@ class Roles(nn.Module):
             logits_1NV = head(part_ND)[None]
             found.append(token_logprobs(logits_1NV, part_N[None], temperature=temperature)[0])
             if entropy:
-                with torch.no_grad():
-                    spread.append(token_entropy(logits_1NV, temperature=temperature)[0])
+                spread.append(token_entropy(logits_1NV, temperature=temperature)[0])
         logprobs_BT = _spread(torch.cat(found), mask_BT)
         return logprobs_BT, _spread(torch.cat(spread), mask_BT) if entropy else None
 
@@ -391,6 +395,31 @@ class Roles(nn.Module):
                 if on:
                     module._active_adapter = [role]
         return self.model
+
+    @contextmanager
+    def _recomputing(self, body: Any, role: str) -> Iterator[None]:
+        """Where the configuration asks for it, layers that run inside are computed again in the backward pass."""
+        if not (self.training_section and self.training_section.gradient_checkpointing and torch.is_grad_enabled()):
+            yield
+            return
+
+        def recomputed(layer: Callable[..., Any], *inputs: Any) -> Any:
+            def again(*inputs: Any) -> Any:
+                self._activate(role)  # by the time of the backward pass another role may be on
+                return layer(*inputs)
+
+            return checkpoint(again, *inputs, use_reentrant=False)
+
+        layers: list[Any] = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers:
+            # transformers asks for a layer in training. The flag of the layer alone turns no dropout on.
+            layer.gradient_checkpointing = layer.training = True
+            layer._gradient_checkpointing_func = recomputed
+        try:
+            yield
+        finally:  # or sampling would lose its cache of keys and values
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
 
     def _view(self, model: Any, layers: slice) -> nn.Module:
         """The body cut to some of its layers, sharing every weight; the final norm only with the last layer."""

@@ -1,7 +1,10 @@
-"""What loops need around an optimiser step: batches, AdamW, a rate that warms up and decays, a clipped gradient."""
+"""What loops need around an optimiser step: batches, AdamW, a rate that warms up and decays, a clipped gradient.
+
+And the stop where numbers are none any more, before they reach the weights.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 
 from rlhf_core.config import Schedule
 from rlhf_core.errors import TrainingDiverged
+
+EXPLODED = 1e6  # a loss or a log-probability beyond this is on its way to infinity
 
 
 class Batch(NamedTuple):
@@ -67,8 +72,36 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def require_finite(
+    quantities: Mapping[str, Tensor | float], *, where: str, batch: Mapping[str, Tensor], limit: float = EXPLODED
+) -> None:
+    """Stop at the first quantity that is not finite, or beyond the limit.
+
+    Args:
+        quantities: by names that the message uses, in the order in which they are computed.
+        where: whose they are, such as "ppo's policy".
+        batch: what they were computed from, for whoever looks for the cause.
+
+    Raises:
+        TrainingDiverged: names the quantity.
+    """
+    for name, value in quantities.items():
+        worst = torch.as_tensor(value).detach().abs().max().item()
+        if not worst < limit:  # NaN is not, either
+            raise TrainingDiverged(
+                f"{name} of {where} is {worst:g}, expected a finite number below {limit:g}. "
+                f"Lower its learning rate in params.yaml, e.g. by half.",
+                {**batch, **{key: found for key, found in quantities.items() if isinstance(found, Tensor)}},
+            )
+
+
 def step_clipped(
-    optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, max_grad_norm: float, where: str
+    optimiser: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    *,
+    max_grad_norm: float,
+    where: str,
+    batch: Mapping[str, Tensor],
 ) -> float:
     """Clip the gradient to a global norm, step, and clear it.
 
@@ -79,12 +112,7 @@ def step_clipped(
         TrainingDiverged: the norm is not finite; the weights are left as they were.
     """
     norm: Tensor = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    if not torch.isfinite(norm):
-        optimiser.zero_grad(set_to_none=True)
-        raise TrainingDiverged(
-            f"The gradient of {where} is {norm.item()}, expected a finite number. "
-            f"Lower its learning rate in params.yaml, e.g. by half."
-        )
+    require_finite({"The gradient": norm.item()}, where=where, batch=batch, limit=math.inf)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return norm.item()

@@ -18,6 +18,7 @@ from rlhf_core.config import PPO
 from rlhf_core.functional import (
     AdaptiveKL,
     FixedKL,
+    RunningMoments,
     gae,
     kl_estimate,
     masked_mean,
@@ -28,7 +29,7 @@ from rlhf_core.functional import (
     whiten,
 )
 from rlhf_core.models import REFERENCE, Normaliser, Roles, pack
-from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
+from rlhf_core.optimisation import adamw, rate_factor, require_finite, set_rate, step_clipped
 from rlhf_core.records import Rollouts, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.tracking import Tracker
@@ -82,7 +83,7 @@ def train_ppo(
         Final metrics (means over the last tenth of the updates, `updates`, `tokens`), and the sampled responses shown.
 
     Raises:
-        TrainingDiverged: a gradient is not finite.
+        TrainingDiverged: a quantity that was measured, a loss or a gradient is not finite.
     """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -104,7 +105,9 @@ def train_ppo(
     so_far = checkpoints.restore(state)
     if so_far is None:
         so_far = {"update": 0, "tokens": 0, "kl_coef": controller.coef, "prompts_left": [], "history": [], "shown": []}
+        so_far["moments"] = vars(RunningMoments())
     controller.coef = so_far["kl_coef"]
+    moments = RunningMoments(**so_far["moments"])
     history, shown, prompts_left = so_far["history"], so_far["shown"], so_far["prompts_left"]
     for row in shown:  # the table of a run that was stopped went to another record
         tracker.table("ppo/samples", [row], step=row["update"])
@@ -121,7 +124,9 @@ def train_ppo(
             pad_id=tokenizer.pad_token_id,
             generator=generator,
         )
-        rollouts, metrics, scores_B = measure_rollouts(roles, sampled, config, kl_coef=controller.coef, score=score)
+        rollouts, metrics, scores_B = measure_rollouts(
+            roles, sampled, config, kl_coef=controller.coef, score=score, moments=moments
+        )
         factor = rate_factor(update - 1, steps=config.updates, warmup=config.warmup_updates, schedule=config.schedule)
         set_rate(policy_optimiser, config.learning_rate * factor)
         set_rate(value_optimiser, config.value_learning_rate * factor)
@@ -137,8 +142,8 @@ def train_ppo(
                 by_length = minibatch.trunk.mask_BS.sum(1).argsort(stable=True)
                 for micro in by_length.split(config.micro_batch_size):
                     part = minibatch.rows(micro)
-                    for name, value in losses(roles, part, config, token_count, learn_policy=learn_policy).items():
-                        step[name] = step.get(name, 0.0) + value
+                    found = losses(roles, part, config, token_count, kl_coef=controller.coef, learn_policy=learn_policy)
+                    step = {name: step.get(name, 0.0) + value for name, value in found.items()}
                 seen.append(step)
                 if learn_policy and step["ppo/approx_kl"] > config.early_stop_kl:
                     stopped = True
@@ -147,10 +152,18 @@ def train_ppo(
                     break
                 if learn_policy:
                     step["ppo/grad_norm"] = step_clipped(
-                        policy_optimiser, policy_parameters, max_grad_norm=config.max_grad_norm, where="ppo's policy"
+                        policy_optimiser,
+                        policy_parameters,
+                        max_grad_norm=config.max_grad_norm,
+                        where="ppo's policy",
+                        batch=minibatch.tensors(),
                     )
                 step["ppo/value_grad_norm"] = step_clipped(
-                    value_optimiser, value_parameters, max_grad_norm=config.max_grad_norm, where="ppo's value model"
+                    value_optimiser,
+                    value_parameters,
+                    max_grad_norm=config.max_grad_norm,
+                    where="ppo's value model",
+                    batch=minibatch.tensors(),
                 )
                 steps_taken += 1
             if stopped:
@@ -171,7 +184,7 @@ def train_ppo(
         tracker.table("ppo/samples", rows, step=update)
         note = f"reward {metrics['ppo/reward']:.2f}  score {metrics['ppo/score']:.2f}  kl {metrics['ppo/kl']:.2f}"
         tracker.progress(update, config.updates, unit="updates", tokens=tokens, note=note)
-        so_far |= {"update": update, "kl_coef": controller.coef}
+        so_far |= {"update": update, "kl_coef": controller.coef, "moments": vars(moments)}
         checkpoints.offer(update, state, so_far, score=metrics["ppo/reward"])
     last = history[-max(config.updates // 10, 1) :]
     final = {
@@ -184,9 +197,23 @@ def train_ppo(
 
 @torch.no_grad()
 def measure_rollouts(
-    roles: Roles, sampled: Sampled, config: PPO, *, kl_coef: float, score: Score | None = None
+    roles: Roles,
+    sampled: Sampled,
+    config: PPO,
+    *,
+    kl_coef: float,
+    score: Score | None = None,
+    moments: RunningMoments | None = None,
 ) -> Measured:
-    """Everything about the sampled responses that stays fixed while the update learns from them."""
+    """Everything about the sampled responses that stays fixed while the update learns from them.
+
+    Args:
+        score: as in `train_ppo`.
+        moments: of all scores before; takes in these ones, and has to be given where config.scale_scores is set.
+
+    Raises:
+        TrainingDiverged: what a model says of the responses is not finite.
+    """
     packed = pack(sampled.prompts, sampled.responses(), 0)
     ids_BT, mask_BT = packed.ids_BT.to(roles.device), packed.mask_BT.to(roles.device)
     trunk = roles.trunk(packed)
@@ -205,9 +232,24 @@ def measure_rollouts(
         values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
         if score is None:
             scores_B[rows] = roles.normalisers[REWARD](roles.scores(part, REWARD))
+    require_finite(
+        {
+            "A log-probability": logprobs_BT,
+            "A log-probability under the reference": ref_logprobs_BT,
+            "A value": values_BT,
+            "A score": scores_B,
+        },
+        where="ppo",
+        batch=packed._asdict(),
+    )
+    if config.scale_scores:
+        assert moments is not None, "a running scale needs the moments so far"
+        moments.update(scores_B)
+        scores_B = scores_B / moments.std
     scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
     penalised_B = scores_B - config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
-    rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=kl_coef)
+    in_reward = kl_coef if config.kl_penalty == "reward" else 0.0
+    rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=in_reward)
     reward_B = rewards_BT.masked_fill(~mask_BT, 0).sum(1)  # in reward units, whatever is whitened after
     if config.whiten_rewards:
         rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False)
@@ -232,26 +274,46 @@ def measure_rollouts(
 
 
 def losses(
-    roles: Roles, part: Rollouts, config: PPO, token_count: int, *, learn_policy: bool = True
+    roles: Roles, part: Rollouts, config: PPO, token_count: int, *, kl_coef: float, learn_policy: bool = True
 ) -> dict[str, float]:
     """Add the gradient of a part of a minibatch, and return the part's share of the minibatch's metrics.
 
     Args:
         token_count: response tokens of the whole minibatch, so that every token weighs the same however it is cut.
+        kl_coef: weight of the KL to the reference, where that stands in the loss.
+
+    Raises:
+        TrainingDiverged: a log-probability, a value or a loss is not finite.
     """
     share = int(part.mask_BT.sum()) / token_count
     found: dict[str, float] = {}
     if learn_policy:
-        logprobs_BT, _ = roles.logprobs(part.trunk, POLICY, part.ids_BT, part.mask_BT, temperature=config.temperature)
+        logprobs_BT, entropy_BT = roles.logprobs(
+            part.trunk,
+            POLICY,
+            part.ids_BT,
+            part.mask_BT,
+            temperature=config.temperature,
+            entropy=config.entropy_coef > 0,
+        )
         policy = policy_loss(
             logprobs_BT,
             part.old_logprobs_BT,
             part.advantages_BT,
             part.mask_BT,
             clip_range=config.clip_range,
+            dual_clip=config.dual_clip or None,
             token_count=token_count,
         )
-        policy.loss.backward()
+        loss = policy.loss
+        if config.kl_penalty == "loss":
+            kl_BT = kl_estimate(logprobs_BT, part.ref_logprobs_BT, estimator=config.kl_estimator)  # 0 past a response
+            loss = loss + kl_coef * kl_BT.sum() / token_count
+            found["ppo/kl_loss"] = kl_BT.sum().item() / token_count
+        if entropy_BT is not None:
+            loss = loss - config.entropy_coef * entropy_BT.sum() / token_count
+        require_finite({"A log-probability": logprobs_BT, "The loss": loss}, where="ppo's policy", batch=part.tensors())
+        loss.backward()
         found |= {
             "ppo/policy_loss": policy.loss.item(),
             "ppo/clip_fraction": policy.clip_fraction.item() * share,
@@ -267,6 +329,7 @@ def losses(
         clip_range=config.value_clip_range,
         token_count=token_count,
     )
+    require_finite({"A value": values_BT, "The loss": value.loss}, where="ppo's value model", batch=part.tensors())
     value.loss.backward()
     return found | {
         "ppo/value_loss": value.loss.item(),

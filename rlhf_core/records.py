@@ -64,3 +64,9 @@ class Rollouts(NamedTuple):
         """Some of the rows, trimmed to the longest response among them."""
         length = int(self.mask_BT[index].sum(1).max())
         return Rollouts(self.trunk.rows(index), *(part[index, :length] for part in self[1:]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name but the trunk's hidden states, which follow from its ids."""
+        own = self._asdict()
+        trunk = own.pop("trunk")
+        return {"prompt_and_response_ids_BS": trunk.ids_BS, "prompt_and_response_mask_BS": trunk.mask_BS, **own}

@@ -15,8 +15,8 @@ from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
 from rlhf_core.functional import masked_mean, ranking_loss
-from rlhf_core.models import REFERENCE, Roles, TrunkCache
-from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, set_rate, step_clipped
+from rlhf_core.models import REFERENCE, Roles, TrunkCache, pad_right
+from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, require_finite, set_rate, step_clipped
 from rlhf_core.records import Ranking, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.statistics import (
@@ -140,7 +140,7 @@ def train_reward(
         Final metrics: `validation_accuracy`, `validation_loss` (the kept epoch's), `best_epoch`, `steps`, `tokens`.
 
     Raises:
-        TrainingDiverged: a gradient is not finite.
+        TrainingDiverged: a score, a loss or a gradient is not finite.
     """
     torch.manual_seed(config.seed)
     order = torch.Generator().manual_seed(config.seed)
@@ -167,11 +167,18 @@ def train_reward(
             scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id, cache)
             ranked = ranking_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
             centred = centering(scores_BK, ranks_BK, mask_BK)
+            require_finite({"A score": scores_BK, "The loss": ranked}, where=prefix, batch=_padded(part, pad_id))
             ((ranked + config.center_coef * centred) * weight).backward()
             loss += ranked.item() * weight
             right, all_pairs = _count_right(scores_BK.detach(), ranks_BK, mask_BK)
             hits, pairs = hits + right, pairs + all_pairs
-        norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where=prefix)
+        norm = step_clipped(
+            optimiser,
+            parameters,
+            max_grad_norm=config.max_grad_norm,
+            where=prefix,
+            batch=_padded(batch, pad_id),
+        )
         batch_tokens = sum(len(ids) for ranking in batch for ids in ranking.ids)
         so_far["tokens"] += batch_tokens
         right_share = hits / max(pairs, 1)
@@ -210,6 +217,12 @@ def train_reward(
 def validation_loss(judged: Judged) -> float:
     """Mean of −log σ(margin) over the pairs, nats."""
     return float(np.logaddexp(0, -judged.margins).mean())
+
+
+def _padded(rankings: Sequence[EncodedRanking], pad_id: int) -> dict[str, Tensor]:
+    """All responses of some rankings, one below the other."""
+    ids_NS, mask_NS = pad_right([ids for ranking in rankings for ids in ranking.ids], pad_id)
+    return {"ids_NS": ids_NS, "mask_NS": mask_NS}
 
 
 def _better(ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import SFT
 from rlhf_core.data import encode_prompt, encode_response
-from rlhf_core.models import Roles, TrunkCache, pack
-from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, set_rate, step_clipped
+from rlhf_core.models import Packed, Roles, TrunkCache, pack
+from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, require_finite, set_rate, step_clipped
 from rlhf_core.records import Demonstration
 from rlhf_core.tracking import Tracker
 
@@ -46,11 +46,16 @@ def encode_demonstrations(
     return examples
 
 
+def pack_examples(examples: Sequence[Example], pad_id: int) -> Packed:
+    """Examples as one batch."""
+    return pack([example.prompt for example in examples], [example.response for example in examples], pad_id)
+
+
 def response_logprobs(
     roles: Roles, role: str, examples: Sequence[Example], pad_id: int, cache: TrunkCache | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) log-probs of each response token in nats, and the mask that is True where there is one."""
-    packed = pack([example.prompt for example in examples], [example.response for example in examples], pad_id)
+    packed = pack_examples(examples, pad_id)
     logprobs_BT, _ = roles.logprobs(roles.trunk(packed, cache), role, packed.ids_BT, packed.mask_BT, temperature=1.0)
     return logprobs_BT, packed.mask_BT.to(logprobs_BT.device)
 
@@ -96,7 +101,7 @@ def train_sft(
         a token, mean over the last epoch), `steps`, `tokens`.
 
     Raises:
-        TrainingDiverged: a gradient is not finite.
+        TrainingDiverged: a log-probability, a loss or a gradient is not finite.
     """
     torch.manual_seed(config.seed)
     order, cache = torch.Generator().manual_seed(config.seed), TrunkCache()
@@ -124,9 +129,20 @@ def train_sft(
             part = batch[start : start + config.micro_batch_size]
             logprobs_BT, mask_BT = response_logprobs(roles, POLICY, part, pad_id, cache)
             share = -logprobs_BT.masked_fill(~mask_BT, 0).sum() / token_count
+            require_finite(
+                {"A log-probability": logprobs_BT, "The loss": share},
+                where="sft",
+                batch=pack_examples(part, pad_id)._asdict(),
+            )
             share.backward()
             loss += share.item()
-        norm = step_clipped(optimiser, parameters, max_grad_norm=config.max_grad_norm, where="sft")
+        norm = step_clipped(
+            optimiser,
+            parameters,
+            max_grad_norm=config.max_grad_norm,
+            where="sft",
+            batch=pack_examples(batch, pad_id)._asdict(),
+        )
         batch_tokens = sum(map(len, batch))
         so_far["epoch_loss"] += loss * token_count
         so_far["epoch_tokens"] += token_count

@@ -52,6 +52,7 @@ SHARED = {
     "schedule": "cosine",
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
+    "gradient_checkpointing": False,
 }
 SUPERVISED = {**SHARED, "learning_rate": 0.03, "epochs": 8, "batch_size": 3, "warmup_fraction": 0.25}
 SFT_SECTION = SFT.model_validate(SUPERVISED)
@@ -72,14 +73,19 @@ PPO_SECTION = PPO.model_validate(
         "value_warmup_updates": 1,
         "kl_controller": "adaptive",
         "kl_coef": 0.05,
+        "kl_penalty": "reward",
+        "kl_estimator": "k1",
         "kl_target": 1.0,
         "kl_horizon": 100,
         "clip_range": 0.2,
+        "dual_clip": 0.0,
+        "entropy_coef": 0.0,
         "value_clip_range": 0.2,
         "gamma": 1.0,
         "lam": 0.95,
         "whiten_advantages": True,
         "whiten_rewards": False,
+        "scale_scores": False,
         "score_clip": 5.0,
         "missing_eos_penalty": 1.0,
         "early_stop_kl": 10.0,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from rlhf_core.config import Params, load_params
-from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError
+from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError, TrainingDiverged
 from rlhf_core.tracking import NullTracker, Tracker
 from tasks.environment import project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
@@ -223,7 +223,7 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     run = StageRun(stage, params, run_key, main, sink, history, entry, workspace)
     status = "FAILED"
     try:
-        with _as_resource_error(stage):
+        with _as_resource_error(stage), _keeping_what_diverged(stage):
             yield run
             if main:
                 _finish(run)
@@ -412,6 +412,21 @@ def _as_resource_error(stage: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise ResourceError(f"The GPU's memory is used up. {_less_memory(stage)}") from error
         raise
+
+
+@contextmanager
+def _keeping_what_diverged(stage: str) -> Iterator[None]:
+    """The batch that a loop stopped at goes to a file, for whoever looks for the cause."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        from safetensors.torch import save_file
+
+        path = state_folder() / "diverged" / f"{stage}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: tensor.detach().contiguous() for name, tensor in error.batch.items()}, path)
+        kept = path.relative_to(project_root())
+        raise TrainingDiverged(f"{error} The batch it came from is in {kept}.", error.batch) from error
 
 
 @contextmanager

@@ -39,6 +39,7 @@ LORA = {
     "schedule": "constant",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
+    "gradient_checkpointing": False,
 }
 SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "prepare": (
@@ -78,14 +79,19 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "value_warmup_updates": 0,
             "kl_controller": "fixed",
             "kl_coef": 0.0,
+            "kl_penalty": "reward",
+            "kl_estimator": "k1",
             "kl_target": 6.0,
             "kl_horizon": 1000,
             "clip_range": 0.2,
+            "dual_clip": 0.0,
+            "entropy_coef": 0.0,
             "value_clip_range": 0.2,
             "gamma": 1.0,
             "lam": 1.0,
             "whiten_advantages": True,
             "whiten_rewards": False,
+            "scale_scores": False,
             "score_clip": 100.0,
             "missing_eos_penalty": 0.0,
             "early_stop_kl": 100.0,

@@ -169,6 +169,8 @@ def test_fractions_have_to_leave_a_training_split(raw: dict[str, Any]) -> None:
         ({"minibatch_size": 16, "micro_batch_size": 5}, "minibatch_size 16 is no multiple of micro_batch_size 5"),
         ({"kl_controller": "adaptive", "kl_coef": 0.0}, "kl_coef 0 stays 0 with kl_controller adaptive"),
         ({"kl_controller": "adaptive", "kl_horizon": 31}, "kl_horizon 31 is below rollouts 32"),
+        ({"kl_estimator": "k3"}, "kl_estimator k3 is for kl_penalty loss; in the reward the KL is k1"),
+        ({"dual_clip": 1.0}, "dual_clip 1 would cut off where the ratio is 1; use 0, or above 1"),
         ({"updates": 4, "value_warmup_updates": 4}, "value_warmup_updates 4 leaves none of 4 updates"),
     ],
 )

@@ -532,5 +532,45 @@ def test_packing_by_hand() -> None:
 
 def test_rows_of_a_trunk_by_hand() -> None:
     packed = pack([[5], [6, 7, 8]], [[1], [4]], 9)
-    part = Trunk(*packed[:3]).rows(torch.tensor([0]))
-    assert [tensor.tolist() for tensor in part] == [[[5, 1]], [[True, True]], [[True, False]]]
+    part = Trunk(packed.ids_BS, *packed[:3]).rows(torch.tensor([0]))
+    assert [tensor.tolist() for tensor in part] == [[[5, 1]], [[5, 1]], [[True, True]], [[True, False]]]
+
+
+def backward(roles: Roles, role: str) -> tuple[list[Tensor], int]:
+    """A role's gradients, and how many bytes the forward pass kept for the backward pass beside parameters."""
+    packed = pack([[5, 9, 11], [6, 7, 8, 20]], [[1, 2, 3], [4]], 0)
+    parameters, kept = roles.trainable(role), 0
+    weights = {parameter.data_ptr() for parameter in roles.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if tensor.data_ptr() in weights else tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs_BT, _ = roles.logprobs(roles.trunk(packed), role, packed.ids_BT, packed.mask_BT, temperature=1.0)
+    roles.hidden(roles.trunk(packed), REFERENCE)  # another role comes between
+    logprobs_BT.sum().backward()  # type: ignore[no-untyped-call]
+    return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None], kept
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(
+    llama: Path, gpt2: Path, section: Callable[..., Any], method: str
+) -> None:
+    for folder in (llama, gpt2):
+        found = {}
+        for on in (False, True):
+            roles = Roles(folder, section("ppo", gradient_checkpointing=on, lora_layers=0))
+            torch.manual_seed(0)
+            roles.add("policy", method=method)
+            if method == "lora":
+                with torch.no_grad():
+                    for parameter in roles.trainable("policy"):
+                        parameter.add_(torch.randn_like(parameter) * 0.1)
+            found[on] = backward(roles, "policy")
+            assert not any(module.training for module in roles.modules())  # nothing is left in training
+        assert len(found[True][0]) == len(found[False][0]) > 0
+        for ours, theirs in zip(found[True][0], found[False][0], strict=True):
+            assert torch.equal(ours, theirs)
+        assert found[True][1] < 0.6 * found[False][1]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rlhf_core.errors import TrainingDiverged
-from rlhf_core.optimisation import adamw, rate_factor, set_rate, step_clipped
+from rlhf_core.optimisation import adamw, rate_factor, require_finite, set_rate, step_clipped
 
 
 def test_the_rate_warms_up_from_above_zero_by_hand() -> None:
@@ -53,7 +53,7 @@ def test_the_gradient_is_scaled_down_to_the_norm_and_never_up(limit: float, move
     parameters = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
     for parameter, gradient in zip(parameters, (3.0, 4.0), strict=True):
         parameter.grad = torch.full((1,), gradient, dtype=torch.float64)
-    norm = step_clipped(torch.optim.SGD(parameters, lr=1.0), parameters, max_grad_norm=limit, where="x")
+    norm = step_clipped(torch.optim.SGD(parameters, lr=1.0), parameters, max_grad_norm=limit, where="x", batch={})
     assert norm == pytest.approx(5.0, rel=1e-9)  # before clipping
     # clip_grad_norm_ adds 1e-6 to the norm
     assert [-parameter.item() for parameter in parameters] == pytest.approx(moved, rel=1e-6)
@@ -64,7 +64,25 @@ def test_the_gradient_is_scaled_down_to_the_norm_and_never_up(limit: float, move
 def test_a_gradient_that_is_no_number_stops_the_run_and_moves_nothing(value: float) -> None:
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, value])
-    with pytest.raises(TrainingDiverged, match=r"The gradient of ppo's policy is (nan|inf), expected a finite number"):
-        step_clipped(torch.optim.SGD([parameter], lr=1.0), [parameter], max_grad_norm=1.0, where="ppo's policy")
+    optimiser, batch = torch.optim.SGD([parameter], lr=1.0), {"ids_BS": torch.ones(2)}
+    message = r"The gradient of ppo's policy is (nan|inf), expected a finite number"
+    with pytest.raises(TrainingDiverged, match=message) as found:
+        step_clipped(optimiser, [parameter], max_grad_norm=1.0, where="ppo's policy", batch=batch)
     assert parameter.tolist() == [1.0, 1.0]
-    assert parameter.grad is None
+    assert found.value.batch == batch
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1e6])
+def test_the_first_quantity_that_went_is_named_and_kept(value: float) -> None:
+    fine, gone = torch.tensor([1.0, -999999.0]), torch.tensor([0.0, value, 3.0])
+    require_finite({"A value": fine, "The loss": 2.0}, where="sft", batch={})
+    with pytest.raises(
+        TrainingDiverged, match=r"^A score of sft is .*, expected a finite number below 1e\+06"
+    ) as found:
+        require_finite({"A value": fine, "A score": gone, "The loss": gone.sum()}, where="sft", batch={"ids": fine})
+    assert {name: tensor is gone for name, tensor in found.value.batch.items()} == {
+        "ids": False,
+        "A value": False,
+        "A score": True,
+        "The loss": False,
+    }

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.errors import TrainingDiverged
+from rlhf_core.functional import RunningMoments
 from rlhf_core.models import REFERENCE, Normaliser, Roles, load_policy, pack
 from rlhf_core.ppo import POLICY, REWARD, VALUE, Measured, add_roles, losses, measure_rollouts, train_ppo
 from rlhf_core.records import Sampled
@@ -175,7 +176,7 @@ def test_cutting_a_minibatch_changes_no_gradient(
     for size in (1, 3, 10):
         metrics: dict[str, float] = {}
         for rows in torch.arange(10).split(size):
-            for name, value in losses(roles, rollouts.rows(rows), config, count).items():
+            for name, value in losses(roles, rollouts.rows(rows), config, count, kl_coef=0.1).items():
                 metrics[name] = metrics.get(name, 0.0) + value
         parameters = [*roles.trainable(POLICY), *roles.trainable(VALUE)]
         found[size] = ([parameter.grad.clone() for parameter in parameters if parameter.grad is not None], metrics)
@@ -186,6 +187,114 @@ def test_cutting_a_minibatch_changes_no_gradient(
         assert found[size][1] == pytest.approx(found[10][1], rel=1e-4)  # float32
         for ours, theirs in zip(found[size][0], found[10][0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # float32
+
+
+# ---- options of the loss ---------------------------------------------------------------------------------------------
+
+
+def gradient(roles: Roles, compute: Callable[[], Any]) -> Tensor:
+    """The policy's gradient as one vector after a computation that calls backward."""
+    parameters = roles.trainable(POLICY)
+    for parameter in parameters:
+        parameter.grad = None
+    compute()
+    found = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+@pytest.fixture
+def moved(llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: Any) -> Any:
+    """A policy that has left the one that sampled; its rollouts, their token count, and its log-probs and entropies."""
+    roles = ready(llama)
+    perturb(roles, POLICY, seed=5)
+    rollouts = measure_rollouts(roles, roll(roles, tokenizer), section("ppo"), kl_coef=0.1).rollouts
+    perturb(roles, POLICY, seed=6)
+
+    def now() -> tuple[Tensor, Tensor]:
+        logprobs_BT, entropy_BT = roles.logprobs(
+            rollouts.trunk, POLICY, rollouts.ids_BT, rollouts.mask_BT, temperature=1.0, entropy=True
+        )
+        assert entropy_BT is not None
+        return logprobs_BT, entropy_BT
+
+    return roles, rollouts, int(rollouts.mask_BT.sum()), now
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_kl_in_the_loss_adds_its_own_gradient(section: Callable[..., Any], moved: Any, estimator: str) -> None:
+    roles, rollouts, count, now = moved
+    config = section("ppo", kl_penalty="loss", kl_estimator=estimator)
+    plain = gradient(roles, lambda: losses(roles, rollouts, section("ppo"), count, kl_coef=0.3))
+    with_kl = gradient(roles, lambda: losses(roles, rollouts, config, count, kl_coef=0.3))
+
+    def own() -> None:
+        gap_BT = now()[0] - rollouts.ref_logprobs_BT
+        kl_BT = {"k1": gap_BT, "k2": gap_BT**2 / 2, "k3": torch.exp(-gap_BT) - 1 + gap_BT}[estimator]
+        (0.3 * kl_BT[rollouts.mask_BT].sum() / count).backward()  # type: ignore[no-untyped-call]
+
+    expected = gradient(roles, own)
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(with_kl - plain, expected, rtol=1e-3, atol=1e-6)  # float32, a difference
+    found = losses(roles, rollouts, config, count, kl_coef=0.3)
+    gap_BT = now()[0].detach() - rollouts.ref_logprobs_BT
+    kl_BT = {"k1": gap_BT, "k2": gap_BT**2 / 2, "k3": torch.exp(-gap_BT) - 1 + gap_BT}[estimator]
+    assert found["ppo/kl_loss"] == pytest.approx((kl_BT[rollouts.mask_BT].sum() / count).item(), rel=1e-5)  # float32
+    assert "ppo/kl_loss" not in losses(roles, rollouts, section("ppo"), count, kl_coef=0.3)
+
+
+@torch.no_grad()
+def test_a_kl_in_the_loss_is_not_in_the_reward_too(
+    llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = ready(llama)
+    perturb(roles, POLICY)
+    sampled = roll(roles, tokenizer)
+    free = measure_rollouts(roles, sampled, section("ppo"), kl_coef=0.0)
+    paid = measure_rollouts(roles, sampled, section("ppo", kl_penalty="loss"), kl_coef=0.5)
+    assert torch.equal(rewards_of(free), rewards_of(paid))
+    assert paid.metrics["ppo/kl_coef"] == 0.5
+    assert paid.metrics["ppo/kl"] == free.metrics["ppo/kl"]
+
+
+def test_an_entropy_bonus_adds_its_own_gradient(section: Callable[..., Any], moved: Any) -> None:
+    roles, rollouts, count, now = moved
+    plain = gradient(roles, lambda: losses(roles, rollouts, section("ppo"), count, kl_coef=0.0))
+    config = section("ppo", entropy_coef=0.2)
+    with_bonus = gradient(roles, lambda: losses(roles, rollouts, config, count, kl_coef=0.0))
+    expected = gradient(roles, lambda: (-0.2 * now()[1][rollouts.mask_BT].sum() / count).backward())
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(with_bonus - plain, expected, rtol=1e-3, atol=1e-6)  # float32, a difference
+
+
+def test_a_dual_clip_bounds_bad_tokens_that_became_likelier(section: Callable[..., Any], moved: Any) -> None:
+    roles, rollouts, count, now = moved
+    rollouts = rollouts._replace(advantages_BT=-torch.ones_like(rollouts.advantages_BT))
+    plain = losses(roles, rollouts, section("ppo"), count, kl_coef=0.0)["ppo/policy_loss"]
+    clipped = losses(roles, rollouts, section("ppo", dual_clip=1.05), count, kl_coef=0.0)["ppo/policy_loss"]
+    ratio_BT = torch.exp(now()[0] - rollouts.old_logprobs_BT).detach()
+    expected = torch.maximum(ratio_BT, ratio_BT.clamp(0.8, 1.2)).clamp(max=1.05)[rollouts.mask_BT].sum() / count
+    assert clipped == pytest.approx(expected.item(), rel=1e-5)  # float32
+    assert plain > clipped + 0.01
+
+
+@torch.no_grad()
+def test_scores_are_divided_by_the_deviation_of_all_so_far(
+    llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = ready(llama)
+    sampled = roll(roles, tokenizer)
+    plain_B = measure_rollouts(roles, sampled, section("ppo"), kl_coef=0.0).scores_B
+    moments = RunningMoments()
+    moments.update(torch.tensor([5.0, -5.0, 0.5]))
+    config = section("ppo", scale_scores=True, score_clip=0.4)
+    found = measure_rollouts(roles, sampled, config, kl_coef=0.0, moments=moments)
+    everything = torch.cat([torch.tensor([5.0, -5.0, 0.5]), plain_B])
+    scaled_B = (plain_B / everything.std(correction=0)).clamp(-0.4, 0.4)  # the clip comes after
+    torch.testing.assert_close(found.scores_B, scaled_B, rtol=1e-5, atol=1e-6)  # float32
+    assert (scaled_B.abs() < 0.4).any()
+    assert moments.count == 3 + len(plain_B)
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------
@@ -508,8 +617,22 @@ def test_a_loss_that_is_no_number_stops_the_run(
     roles = ready(llama)
     with torch.no_grad():
         roles.heads[REWARD].bias.fill_(float("nan"))
-    with pytest.raises(TrainingDiverged, match=r"The gradient of ppo's policy is nan"):
+    with pytest.raises(TrainingDiverged, match=r"^A score of ppo is nan") as found:
         learn(roles, section("ppo"), tokenizer)
+    assert found.value.batch["ids_BS"].shape[0] == 8
+
+
+def test_a_policy_that_is_lost_in_a_step_is_noticed_before_the_next(
+    llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = ready(llama)
+    rollouts = measure_rollouts(roles, roll(roles, tokenizer), section("ppo"), kl_coef=0.1).rollouts
+    perturb(roles, VALUE)
+    with torch.no_grad():
+        roles.trainable(VALUE)[-1].fill_(float("inf"))
+    with pytest.raises(TrainingDiverged, match=r"^A value of ppo's value model is inf") as found:
+        losses(roles, rollouts, section("ppo"), int(rollouts.mask_BT.sum()), kl_coef=0.1)
+    assert set(found.value.batch) >= {"prompt_and_response_ids_BS", "advantages_BT", "returns_BT", "A value"}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -523,6 +646,7 @@ def test_the_policy_follows_a_simple_reward(
     # A reward model made by hand, which likes the responses that have ended: its body is the base's and its head is
     # what sets hidden states at an end of turn apart from those at other tokens.
     reward = Roles(llama, section("reward"))
+    torch.manual_seed(3)
     reward.add(REWARD, method=method, head=True)
     with torch.no_grad():
         ended = reward.hidden(reward.trunk(pack([[*prompt, 2] for prompt in PROMPTS], None, 0)), REWARD)
@@ -539,7 +663,7 @@ def test_the_policy_follows_a_simple_reward(
     config = section(
         "ppo",
         method=method,
-        updates=12,
+        updates=16,
         rollouts=32,
         minibatch_size=16,
         micro_batch_size=16,

@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from mlflow.entities import Run
+from safetensors.torch import load_file
 from stores import PROJECT, sqlite_store
 from toy import dvc, init_dvc
 
-from rlhf_core.errors import DataError, ResourceError
+from rlhf_core.errors import DataError, ResourceError, TrainingDiverged
 from tasks import stage as stage_module
 from tasks.environment import prepare_environment, project_root, workspace_root
 from tasks.lineage import StageEntry, locked_key
@@ -89,6 +91,17 @@ def test_a_full_disk_is_said_plainly(project: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit), stage_run("sft", torch=False):
         raise OSError(28, "No space left on device", "artifacts/sft/model.safetensors")
     assert capsys.readouterr().err == "sft: The disk is full (artifacts/sft/model.safetensors); free some space.\n"
+
+
+def test_the_batch_that_training_stopped_at_is_kept(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids_BS = torch.arange(6).reshape(2, 3)
+    with pytest.raises(SystemExit), stage_run("sft", torch=False):
+        raise TrainingDiverged("The loss of sft is nan.", {"ids_BS": ids_BS, "turned": ids_BS.T})
+    said = "sft: The loss of sft is nan. The batch it came from is in .rlhf/diverged/sft.safetensors.\n"
+    assert capsys.readouterr().err == said
+    kept = load_file(project / ".rlhf/diverged/sft.safetensors")
+    assert torch.equal(kept["ids_BS"], ids_BS)
+    assert torch.equal(kept["turned"], ids_BS.T)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from rlhf_core.functional.losses import (
     value_loss,
 )
 from rlhf_core.functional.masks import first_true_index, masked_mean, masked_var, truncate_at_stop, whiten
-from rlhf_core.functional.returns import Returns, gae, shape_rewards
+from rlhf_core.functional.returns import Returns, RunningMoments, gae, shape_rewards
 
 __all__ = [
     "AdaptiveKL",
     "FixedKL",
     "PolicyLoss",
     "Returns",
+    "RunningMoments",
     "ValueLoss",
     "dpo_loss",
     "entropy",

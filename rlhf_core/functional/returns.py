@@ -3,12 +3,48 @@
 Whitening is the caller's: it takes the whole rollout batch, not one minibatch.
 """
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_core.functional.masks import describe_shapes, require_same_shape, zero_masked
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of all numbers seen so far, as if they had come at once.
+
+        n = n_a + n_b          δ = mean_b − mean_a          mean = mean_a + δ n_b / n
+        M = M_a + M_b + δ² n_a n_b / n          std = √(M / n), and 1 while that is 0
+
+    Chan, Golub & LeVeque 1983, eq. 1.5, https://doi.org/10.1080/00031305.1983.10483115
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # M, the sum of squared differences from the mean
+
+    def update(self, values_N: Tensor) -> None:
+        """Take in some more numbers; raises ValueError where one is not finite, and then takes in none."""
+        values_N = values_N.detach().double()
+        if not values_N.isfinite().all():
+            raise ValueError("expected finite numbers; found " + str(values_N[~values_N.isfinite()][0].item()))
+        if not values_N.numel():
+            return
+        count, mean = values_N.numel(), values_N.mean().item()
+        squares = (values_N - mean).square().sum().item()
+        total, apart = self.count + count, mean - self.mean
+        self.squares += squares + apart**2 * self.count * count / total
+        self.mean += apart * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 1 where nothing varies yet, so that dividing by it changes nothing."""
+        return math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
 
 
 class Returns(NamedTuple):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_core.functional.returns import gae, shape_rewards
+from rlhf_core.functional.returns import RunningMoments, gae, shape_rewards
 
 FAST = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 NAN = math.nan
@@ -235,3 +235,41 @@ def test_rewards_add_up_to_the_score_less_the_kl_of_the_response(seed: int, kl_c
     rewards_BT = shape_rewards(scores_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=kl_coef)
     kl_B = torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, 0).sum(dim=1)
     torch.testing.assert_close(rewards_BT.sum(dim=1), scores_B - kl_coef * kl_B, rtol=1e-9, atol=1e-11)
+
+
+def test_running_moments_by_hand() -> None:
+    # 1, 3 → mean 2, M 2. Then 8: δ = 6, n = 3 → mean 2 + 6/3 = 4, M 2 + 0 + 36·2·1/3 = 26, std √(26/3).
+    moments = RunningMoments()
+    moments.update(torch.tensor([1.0, 3.0]))
+    assert (moments.count, moments.mean, moments.squares) == (2, 2.0, 2.0)
+    moments.update(torch.tensor([8.0]))
+    assert (moments.count, moments.mean, moments.squares) == (3, 4.0, 26.0)
+    assert moments.std == pytest.approx(math.sqrt(26 / 3), rel=1e-12)
+
+
+@FAST
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(0, 1000))
+def test_running_moments_do_not_hang_on_how_the_numbers_came(sizes: list[int], seed: int) -> None:
+    values_N = 1e3 + numbers(sum(sizes), seed=seed)  # far from 0: sums of squares would lose digits
+    moments = RunningMoments()
+    for part in values_N.split(sizes):
+        moments.update(part)
+    assert moments.count == len(values_N)
+    if len(values_N) > 1:
+        assert moments.mean == pytest.approx(values_N.mean().item(), rel=1e-12)
+        assert moments.std == pytest.approx(values_N.std(correction=0).item(), rel=1e-9)
+
+
+def test_running_moments_divide_by_1_while_nothing_varies() -> None:
+    moments = RunningMoments()
+    assert moments.std == 1.0
+    moments.update(torch.tensor([0.25, 0.25]))
+    assert (moments.mean, moments.std) == (0.25, 1.0)
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_running_moments_refuse_what_is_no_number_and_stay_as_they_were(value: float) -> None:
+    moments = RunningMoments(2, 2.0, 2.0)
+    with pytest.raises(ValueError, match=f"expected finite numbers; found {value}"):
+        moments.update(torch.tensor([1.0, value]))
+    assert moments == RunningMoments(2, 2.0, 2.0)
