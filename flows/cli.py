@@ -14,7 +14,7 @@ import typer
 
 from flows import preflight
 from rlhf_core.errors import ResourceError, RLHFError
-from tasks.environment import state_folder
+from tasks.environment import record_folder
 from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, workspace_lock
 
 app = typer.Typer(
@@ -129,7 +129,7 @@ def ui(
         typer.echo(f"Runs are recorded by the MLflow server at {uri}; open that.")
         return
     connect()  # makes the database ready
-    artifacts = state_folder() / "mlartifacts"
+    artifacts = record_folder() / "mlartifacts"
     command = ["mlflow", "server", "--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri(),
                "--host", host, "--port", str(port), "--workers", "1"]  # fmt: skip
     _require_free(host, port, "rlhf ui")
@@ -253,14 +253,9 @@ def main() -> None:
 
 
 def _enter_recipe(recipe: str, project: Path) -> None:
-    """Work in the recipe's workspace; its runs are recorded beside the project's, in an experiment of their own."""
+    """Work in the recipe's workspace."""
     from flows.recipe import make_workspace
-    from flows.server import prepare_prefect
-    from tasks.tracking import tracking_uri
 
-    prepare_prefect(project)
-    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", f"rlhf-{recipe}")
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     folder = project / ".rlhf" / recipe
     make_workspace(recipe, folder, project=project)
     os.chdir(folder)

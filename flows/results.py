@@ -25,7 +25,7 @@ def table_rows(evaluate: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for key, (label, digits) in ROWS.items():
         values = [evaluate.get(policy, {}).get(key) for policy in POLICIES]
-        rows.append((label, *("–" if value is None else f"{value:.{digits}f}" for value in values)))
+        rows.append((label, *("–" if value is None else f"{value:z.{digits}f}" for value in values)))
     return rows
 
 

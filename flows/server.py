@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_core.errors import ResourceError
+from tasks.environment import record_folder
 
 START_SECONDS = 120.0
 ADDRESS_FILE = "server.json"
@@ -29,8 +30,8 @@ EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  (to be told from an address that o
 
 
 def prepare_prefect(root: Path) -> Path:
-    """Set what Prefect reads when it is imported; returns its home in this workspace. Your own settings win."""
-    home = Path(os.environ.setdefault("PREFECT_HOME", str(root / ".rlhf" / "prefect")))
+    """Set what Prefect reads when it is imported; returns its home in this project. Your own settings win."""
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(record_folder(root) / "prefect")))
     home.mkdir(parents=True, exist_ok=True)
     # Its pages ask the server they came from; by default they ask port 4200, whatever port they were served on.
     os.environ.setdefault("PREFECT_SERVER_UI_API_URL", "/api")

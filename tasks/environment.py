@@ -60,3 +60,15 @@ def state_folder() -> Path:
     folder = project_root() / ".rlhf"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def recipe_workspace(root: Path | None = None) -> tuple[Path, str] | None:
+    """The project and the recipe's name, where root (this project if None) is a recipe's workspace, .rlhf/<recipe>."""
+    root = root or project_root()
+    return (root.parents[1], root.name) if root.parent.name == ".rlhf" else None
+
+
+def record_folder(root: Path | None = None) -> Path:
+    """Where the databases of MLflow and Prefect lie; a recipe's runs stand beside the project's, whoever began them."""
+    recipe = recipe_workspace(root)
+    return recipe[0] / ".rlhf" if recipe else (root or project_root()) / ".rlhf"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from rlhf_core.errors import ResourceError
-from tasks.environment import state_folder
+from tasks.environment import recipe_workspace, record_folder, state_folder
 from tasks.lineage import find_revision, git_state, metric_name, project_state
 from tasks.progress import ProgressLine
 
@@ -43,13 +43,14 @@ _PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RE
 
 
 def experiment_name() -> str:
-    """The MLflow experiment that runs are put in."""
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "rlhf"
+    """The MLflow experiment that runs are put in: MLFLOW_EXPERIMENT_NAME, or one for the project and one a recipe."""
+    recipe = recipe_workspace()
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or (f"rlhf-{recipe[1]}" if recipe else "rlhf")
 
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or SQLite under the project by an absolute path."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state_folder() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{record_folder() / 'mlflow.db'}"
 
 
 def _now() -> int:

@@ -204,8 +204,13 @@ def test_prefect_yaml_schedules_the_flow() -> None:
 
 
 def test_the_table_shows_what_is_there() -> None:
-    evaluate = {"base": {"reward": 1.234}, "sft": {"reward": 2.0}, "ppo": {"reward": -3.0, "kl": 4.44}}
+    evaluate = {
+        "base": {"reward": 1.234},
+        "sft": {"reward": 2.0},
+        "ppo": {"reward": -3.0, "kl": 4.44, "perplexity": -0.04},
+    }
     rows = {row[0]: row[1:] for row in table_rows(evaluate)}
     assert rows["reward"] == ("1.23", "2.00", "-3.00")
     assert rows["KL to SFT, nats a response"] == ("–", "–", "4.4")
+    assert rows["perplexity of demonstrations"][2] == "0.0"  # and not -0.0
     assert "| reward | 1.23 | 2.00 | -3.00 |" in markdown(evaluate)

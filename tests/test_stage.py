@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from stores import PROJECT, sqlite_store
 from toy import dvc, init_dvc
 
+from flows.server import prepare_prefect
 from rlhf_core.errors import DataError, ResourceError, TrainingDiverged
 from tasks import stage as stage_module
-from tasks.environment import prepare_environment, project_root, workspace_root
+from tasks.environment import prepare_environment, project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, locked_key
 from tasks.stage import History, check_disk, forget_checkpoints, stage_run, write_json, write_text
-from tasks.tracking import connect, experiment_id
+from tasks.tracking import connect, experiment_id, experiment_name, tracking_uri
 
 
 @pytest.fixture
@@ -346,6 +347,22 @@ def test_state_lies_in_the_repository_and_work_in_the_workspace(
     assert project_root() == workspace_root() == tmp_path / "inner"
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     assert (project_root(), workspace_root()) == (tmp_path, tmp_path / "inner")
+
+
+def test_a_recipes_runs_stand_beside_the_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_HOME", "")
+    workspace = tmp_path / ".rlhf" / "tiny"
+    workspace.mkdir(parents=True)
+    for folder, experiment in ((tmp_path, "rlhf"), (workspace, "rlhf-tiny")):
+        (folder / "dvc.yaml").touch()
+        monkeypatch.chdir(folder)
+        monkeypatch.delenv("PREFECT_HOME")
+        assert experiment_name() == experiment
+        assert tracking_uri() == f"sqlite:///{tmp_path}/.rlhf/mlflow.db"
+        assert prepare_prefect(folder) == tmp_path / ".rlhf/prefect"
+        assert state_folder() == folder / ".rlhf"  # checkpoints and the outbox stay its own
 
 
 # Under DVC
