@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_core import processes
+
 KEPT = 2  # newest checkpoints that stay, beside the best: a disk error in one leaves another
 LARGEST_SHARE = 0.05  # of a loop's time that writing checkpoints may take
 
@@ -35,15 +37,17 @@ class Checkpoints:
 
     Args:
         folder: where they lie; None keeps none.
+        writes: False in all processes of a loop but one; they only go on from what that one wrote.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, writes: bool = True) -> None:
         self.folder = folder
+        self.writes = writes
         self._allowed_from = 0.0  # when the next one may be written
 
     def below(self, name: str) -> "Checkpoints":
         """Those of another loop of the same stage."""
-        return Checkpoints(self.folder and self.folder / name)
+        return Checkpoints(self.folder and self.folder / name, writes=self.writes)
 
     def offer(self, step: int, state: LoopState, values: Mapping[str, Any], *, score: float | None = None) -> bool:
         """Write a checkpoint, unless writing would take more of the loop's time than it may.
@@ -57,7 +61,7 @@ class Checkpoints:
             Whether it was written.
         """
         began = time.monotonic()
-        if self.folder is None or began < self._allowed_from:
+        if self.folder is None or not self.writes or began < self._allowed_from:
             return False
         tensors = {f"{name}.{i}": tensor for name, group in state.tensors.items() for i, tensor in enumerate(group)}
         for name, optimiser in state.optimisers.items():
@@ -84,9 +88,13 @@ class Checkpoints:
 
     def restore(self, state: LoopState) -> dict[str, Any] | None:
         """Bring the state to the newest checkpoint that can be read, and return its values; None if there is none."""
-        for leftover in (
-            self.folder.glob(".step-*") if self.folder else ()
-        ):  # of a write or a removal that was cut short
+        values = self._restore(state)
+        processes.wait()  # none is removed before all have read it
+        return values
+
+    def _restore(self, state: LoopState) -> dict[str, Any] | None:
+        # What a write or a removal that was cut short has left.
+        for leftover in self.folder.glob(".step-*") if self.folder and self.writes else ():
             shutil.rmtree(leftover, ignore_errors=True)
         for folder in reversed(self._all()):
             try:
@@ -94,10 +102,12 @@ class Checkpoints:
                 tensors = load_file(folder / "state.safetensors")
             except (OSError, ValueError, SafetensorError) as error:
                 print(f"Checkpoint {folder.name} cannot be read ({error}); taking the one before it.", flush=True)
-                shutil.rmtree(folder, ignore_errors=True)
+                if self.writes:
+                    shutil.rmtree(folder, ignore_errors=True)
                 continue
             _load(state, tensors)
-            print(f"Going on after step {content['step']}, from a checkpoint.", flush=True)
+            if self.writes:
+                print(f"Going on after step {content['step']}, from a checkpoint.", flush=True)
             values: dict[str, Any] = content["values"]
             return values
         return None

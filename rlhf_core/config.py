@@ -169,7 +169,10 @@ class Evaluate(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    launcher: str = Field(description="What runs a stage's module in one process: python, or accelerate launch.")
+    launcher: str = Field(
+        description="What runs a stage's module: python; or for n processes that share the work "
+        "torchrun --standalone --nproc_per_node n (CPU), accelerate launch --multi_gpu --num_processes n (GPUs)."
+    )
     prepare: Prepare
     sft: SFT
     reward: Reward

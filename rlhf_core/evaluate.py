@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core import processes
 from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
 from rlhf_core.models import REFERENCE, Roles, pack
@@ -167,7 +168,8 @@ def _measure(
     kl_B = torch.zeros(len(responses))
     raw = {judge: torch.zeros(len(responses)) for judge in JUDGES}
     # By length, so that little padding is computed.
-    order = sorted(range(len(responses)), key=lambda row: len(answers.prompts[row]) + len(responses[row]))
+    size = len(responses)
+    order = processes.own(sorted(range(size), key=lambda row: len(answers.prompts[row]) + len(responses[row])))
     for start in range(0, len(order), MEASURED_ROWS):
         rows = order[start : start + MEASURED_ROWS]
         packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
@@ -175,12 +177,16 @@ def _measure(
         answer = (packed.ids_BT, packed.mask_BT)
         if policy != "sft":
             ref_BT, _ = tuned.logprobs(trunk, REFERENCE, *answer, temperature=temperature)
-            own = (base.trunk(packed), REFERENCE) if policy == "base" else (trunk, "ppo")
-            own_BT, _ = (base if policy == "base" else tuned).logprobs(*own, *answer, temperature=temperature)
+            mine = (base.trunk(packed), REFERENCE) if policy == "base" else (trunk, "ppo")
+            own_BT, _ = (base if policy == "base" else tuned).logprobs(*mine, *answer, temperature=temperature)
             kl_B[rows] = (own_BT - ref_BT).sum(1).cpu()  # both are 0 beyond the response
         for judge, scores_B in raw.items():
             scores_B[rows] = tuned.scores(trunk, judge).cpu()
-    scores = {judge: tuned.normalisers[judge](scores_B).tolist() for judge, scores_B in raw.items()}
+    kl_B = processes.place(kl_B[order], order, size)
+    scores = {
+        judge: tuned.normalisers[judge](processes.place(scores_B[order], order, size)).tolist()
+        for judge, scores_B in raw.items()
+    }
     return [
         Response(
             prompt=first + row,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf_core import processes
 from rlhf_core.base import set_pad
 from rlhf_core.config import Training
 from rlhf_core.errors import MissingArtifact
@@ -59,7 +59,7 @@ class Trunk(NamedTuple):
 
     def rows(self, index: Tensor) -> "Trunk":
         """The trunk of some of its rows, trimmed to their longest."""
-        stop = int(self.mask_BS[index].sum(1).max())
+        stop = int(self.mask_BS[index].sum(1).max()) if len(index) else 0
         return Trunk(*(part[index, :stop] for part in self))
 
 
@@ -140,7 +140,7 @@ class Roles(nn.Module):
         super().__init__()
         self.folder = Path(folder)
         self.model: Any = load_policy(folder)
-        self.device = PartialState().device
+        self.device = processes.state().device
         self.model.requires_grad_(False).to(self.device)
         self.layers: int = self.model.config.num_hidden_layers
         self.training_section = training
@@ -312,7 +312,7 @@ class Roles(nn.Module):
         Rows of like length are computed together, so that little padding is; gradients flow as usual.
         """
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        parts = []
+        parts = [torch.empty(0, device=self.device)]
         for start in range(0, len(order), size):
             packed = pack([rows[row] for row in order[start : start + size]], None, pad_id)
             parts.append(self.scores(self.trunk(packed, cache), role))

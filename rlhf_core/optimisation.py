@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import processes
 from rlhf_core.config import Schedule
 from rlhf_core.errors import TrainingDiverged
 
@@ -103,7 +104,7 @@ def step_clipped(
     where: str,
     batch: Mapping[str, Tensor],
 ) -> float:
-    """Clip the gradient to a global norm, step, and clear it.
+    """Add up the gradients of all processes, clip them to a global norm, step, and clear them.
 
     Returns:
         The norm before clipping.
@@ -111,6 +112,7 @@ def step_clipped(
     Raises:
         TrainingDiverged: the norm is not finite; the weights are left as they were.
     """
+    processes.add_up_gradients(parameters)
     norm: Tensor = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     require_finite({"The gradient": norm.item()}, where=where, batch=batch, limit=math.inf)
     optimiser.step()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO
 from rlhf_core.functional import (
@@ -42,7 +43,7 @@ SHOWN_SAMPLES = 4  # responses an update that go to the table
 class Measured(NamedTuple):
     """Rollouts, and what the sampling alone tells: metrics and, in order, each response's score."""
 
-    rollouts: Rollouts
+    rollouts: Rollouts  # the rows of this process; all of them, where there is but one
     metrics: dict[str, float]
     scores_B: Tensor
 
@@ -135,15 +136,16 @@ def train_ppo(
         steps_taken, stopped = 0, False
         for _ in range(config.epochs):
             for index in torch.randperm(config.rollouts, generator=generator).split(config.minibatch_size):
-                minibatch = rollouts.rows(index)
-                token_count = int(minibatch.mask_BT.sum())
+                token_count = int(sampled.mask_BT[index].sum())
+                minibatch = rollouts.rows(processes.places_of(index))
                 step: dict[str, float] = {}
                 # Rows of like length are computed together; what the minibatch holds stays random.
                 by_length = minibatch.trunk.mask_BS.sum(1).argsort(stable=True)
-                for micro in by_length.split(config.micro_batch_size):
+                for micro in by_length.split(config.micro_batch_size) if len(by_length) else ():
                     part = minibatch.rows(micro)
                     found = losses(roles, part, config, token_count, kl_coef=controller.coef, learn_policy=learn_policy)
                     step = {name: step.get(name, 0.0) + value for name, value in found.items()}
+                step = processes.add_up(step)
                 seen.append(step)
                 if learn_policy and step["ppo/approx_kl"] > config.early_stop_kl:
                     stopped = True
@@ -214,17 +216,19 @@ def measure_rollouts(
     Raises:
         TrainingDiverged: what a model says of the responses is not finite.
     """
-    packed = pack(sampled.prompts, sampled.responses(), 0)
-    ids_BT, mask_BT = packed.ids_BT.to(roles.device), packed.mask_BT.to(roles.device)
+    ids_BT, mask_BT = sampled.ids_BT.to(roles.device), sampled.mask_BT.to(roles.device)
+    size, own = len(mask_BT), processes.own(range(len(mask_BT)))
+    responses = sampled.responses()
+    packed = pack([sampled.prompts[row] for row in own], [responses[row] for row in own], 0)
     trunk = roles.trunk(packed)
     # In pieces of like length, as learning will see them: little padding, and the same rounding.
     logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT = (
-        torch.zeros_like(mask_BT, dtype=torch.float) for _ in range(4)
+        torch.zeros_like(mask_BT[own], dtype=torch.float) for _ in range(4)
     )
-    scores_B = torch.zeros(len(mask_BT), device=roles.device) if score is None else score(sampled).to(roles.device)
+    scores_B = torch.zeros(len(own), device=roles.device)
     for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
-        part, length = trunk.rows(rows), int(mask_BT[rows].sum(1).max())
-        answer = (ids_BT[rows, :length], mask_BT[rows, :length])
+        part, length = trunk.rows(rows), int(mask_BT[own][rows].sum(1).max())
+        answer = (ids_BT[own][rows, :length], mask_BT[own][rows, :length])
         found, spread = roles.logprobs(part, POLICY, *answer, temperature=config.temperature, entropy=True)
         assert spread is not None
         logprobs_BT[rows, :length], entropy_BT[rows, :length] = found, spread
@@ -232,6 +236,12 @@ def measure_rollouts(
         values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
         if score is None:
             scores_B[rows] = roles.normalisers[REWARD](roles.scores(part, REWARD))
+    # From here on every process has all rows, and computes the same.
+    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, scores_B = (
+        processes.place(part, own, size) for part in (logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, scores_B)
+    )
+    if score is not None:
+        scores_B = score(sampled).to(scores_B)
     require_finite(
         {
             "A log-probability": logprobs_BT,
@@ -268,7 +278,8 @@ def measure_rollouts(
         "ppo/entropy": masked_mean(entropy_BT, mask_BT),
         "ppo/explained_variance": 1 - unexplained,
     }
-    rollouts = Rollouts(trunk, ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT)
+    everything = (ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT)
+    rollouts = Rollouts(trunk, *(part[own] for part in everything))
     numbers = {name: float(value) for name, value in metrics.items()}
     return Measured(rollouts, {**numbers, "ppo/kl_coef": kl_coef}, scores_B)
 

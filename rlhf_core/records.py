@@ -62,7 +62,7 @@ class Rollouts(NamedTuple):
 
     def rows(self, index: Tensor) -> "Rollouts":
         """Some of the rows, trimmed to the longest response among them."""
-        length = int(self.mask_BT[index].sum(1).max())
+        length = int(self.mask_BT[index].sum(1).max()) if len(index) else 0
         return Rollouts(self.trunk.rows(index), *(part[index, :length] for part in self[1:]))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
@@ -98,16 +99,17 @@ def judge_rankings(
     cache: TrunkCache | None = None,
 ) -> Judged:
     """The margins of all pairs that are not ties."""
+    own, scores = processes.own(rankings), []
+    for start in range(0, len(own), size):
+        scores_BK, _, _ = score_rankings(roles, role, own[start : start + size], pad_id, cache)
+        scores += scores_BK.tolist()
     margins, differences = [], []
-    for start in range(0, len(rankings), size):
-        part = rankings[start : start + size]
-        scores_BK, _, _ = score_rankings(roles, role, part, pad_id, cache)
-        for ranking, scores in zip(part, scores_BK.tolist(), strict=True):
-            for i, rank_i in enumerate(ranking.ranks):
-                for j, rank_j in enumerate(ranking.ranks):
-                    if rank_i < rank_j:
-                        margins.append(scores[i] - scores[j])
-                        differences.append(ranking.lengths[i] - ranking.lengths[j])
+    for ranking, of_ranking in zip(rankings, processes.gather(scores), strict=True):
+        for i, rank_i in enumerate(ranking.ranks):
+            for j, rank_j in enumerate(ranking.ranks):
+                if rank_i < rank_j:
+                    margins.append(of_ranking[i] - of_ranking[j])
+                    differences.append(ranking.lengths[i] - ranking.lengths[j])
     return Judged(np.array(margins), np.array(differences), len(rankings))
 
 
@@ -161,8 +163,9 @@ def train_reward(
         # Each ranking weighs the same, however a batch is cut; one of nothing but ties has no say.
         counted = max(sum(len(set(ranking.ranks)) > 1 for ranking in batch), 1)
         loss = hits = pairs = 0.0
-        for start in range(0, len(batch), config.micro_batch_size):
-            part = batch[start : start + config.micro_batch_size]
+        own = processes.own(batch)
+        for start in range(0, len(own), config.micro_batch_size):
+            part = own[start : start + config.micro_batch_size]
             weight = sum(len(set(ranking.ranks)) > 1 for ranking in part) / counted
             scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id, cache)
             ranked = ranking_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
@@ -172,6 +175,8 @@ def train_reward(
             loss += ranked.item() * weight
             right, all_pairs = _count_right(scores_BK.detach(), ranks_BK, mask_BK)
             hits, pairs = hits + right, pairs + all_pairs
+        summed = processes.add_up({"loss": loss, "hits": hits, "pairs": pairs})
+        loss = summed["loss"]
         norm = step_clipped(
             optimiser,
             parameters,
@@ -181,7 +186,7 @@ def train_reward(
         )
         batch_tokens = sum(len(ids) for ranking in batch for ids in ranking.ids)
         so_far["tokens"] += batch_tokens
-        right_share = hits / max(pairs, 1)
+        right_share = summed["hits"] / max(summed["pairs"], 1)
         tracker.metrics(
             {
                 f"{prefix}/loss": loss,
@@ -274,7 +279,8 @@ def temperature_of(judged: Judged) -> float:
 def score_samples(roles: Roles, role: str, sampled: Sampled) -> Tensor:
     """(B,) raw scores of sampled responses at their last kept token."""
     rows = [prompt + response for prompt, response in zip(sampled.prompts, sampled.responses(), strict=True)]
-    return roles.score_rows(rows, role, pad_id=0)
+    numbers = processes.own(range(len(rows)))
+    return processes.place(roles.score_rows([rows[row] for row in numbers], role, pad_id=0), numbers, len(rows))
 
 
 def normalise_on_samples(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rlhf_core import processes
 from rlhf_core.errors import ConfigError
 from rlhf_core.records import Sampled
 
@@ -73,10 +74,11 @@ def sample(
     stopped_B = torch.zeros(count, dtype=torch.bool)
 
     uniform_TB = torch.rand((max_tokens, count), generator=generator, dtype=torch.float64)
-    live_L = torch.arange(count)  # the rows still in the batch; those that finished leave it by and by
+    own = processes.own(range(count))
+    live_L = torch.tensor(own, dtype=torch.long)  # the rows still in the batch; those that finished leave it by and by
     cache = DynamicCache(config=model.config)
-    ids, mask = prompt_ids_BP, prompt_mask_BP.long()
-    for step in range(max_tokens):
+    ids, mask = prompt_ids_BP[live_L], prompt_mask_BP[live_L].long()
+    for step in range(max_tokens if own else 0):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logits = model(
             input_ids=ids.to(device),
@@ -102,6 +104,7 @@ def sample(
             keep = running_L.nonzero().squeeze(1)
             cache.batch_select_indices(keep.to(device))
             ids, mask, live_L = ids[keep], mask[keep], live_L[keep]
+    out_BT, kept_BT, stopped_B = (processes.place(part[own], own, count) for part in (out_BT, kept_BT, stopped_B))
     length = int(kept_BT.sum(1).max())
     return Sampled([list(row) for row in prompts], out_BT[:, :length], kept_BT[:, :length], stopped_B)
 

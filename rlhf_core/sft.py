@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import SFT
 from rlhf_core.data import encode_prompt, encode_response
@@ -72,12 +73,13 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood a response token, every token weighing the same."""
     total, count = 0.0, 0
-    ordered = sorted(examples, key=len)
+    ordered = processes.own(sorted(examples, key=len))
     for start in range(0, len(ordered), batch_size):
         logprobs_BT, mask_BT = response_logprobs(roles, role, ordered[start : start + batch_size], pad_id, cache)
         total -= logprobs_BT[mask_BT].double().sum().item()
         count += int(mask_BT.sum())
-    mean = total / count
+    summed = processes.add_up({"total": total, "count": count})
+    mean = summed["total"] / summed["count"]
     return math.exp(mean) if mean < 700 else math.inf  # beyond, a float64 ends
 
 
@@ -124,9 +126,9 @@ def train_sft(
         rate = config.learning_rate * rate_factor(step - 1, steps=steps, warmup=warmup, schedule=config.schedule)
         set_rate(optimiser, rate)
         token_count = sum(len(example.response) for example in batch)
-        loss = 0.0
-        for start in range(0, len(batch), config.micro_batch_size):
-            part = batch[start : start + config.micro_batch_size]
+        loss, own = 0.0, processes.own(batch)
+        for start in range(0, len(own), config.micro_batch_size):
+            part = own[start : start + config.micro_batch_size]
             logprobs_BT, mask_BT = response_logprobs(roles, POLICY, part, pad_id, cache)
             share = -logprobs_BT.masked_fill(~mask_BT, 0).sum() / token_count
             require_finite(
@@ -136,6 +138,7 @@ def train_sft(
             )
             share.backward()
             loss += share.item()
+        loss = processes.add_up({"loss": loss})["loss"]
         norm = step_clipped(
             optimiser,
             parameters,

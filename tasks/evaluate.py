@@ -34,6 +34,8 @@ def main() -> None:
             base, tuned, prompts, demonstrations, config,
             tokenizer=load_tokenizer(BASE), system=run.params.prepare.system, tracker=run,
         )  # fmt: skip
+        if not run.main:
+            return
         FOLDER.mkdir(parents=True, exist_ok=True)
         write_jsonl(FOLDER / "answers.jsonl", _answer_rows(evaluation, prompts))
         write_csv(Path("plots/frontier.csv"), _frontier_rows(evaluation))

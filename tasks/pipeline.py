@@ -7,6 +7,7 @@ ends all of it. DVC decides whether there is anything to do; this module reports
 import codecs
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import select
@@ -32,6 +33,7 @@ PARAMS = "params.yaml"
 LOCK_PATIENCE_SECONDS = 10.0  # DVC's own repository lock is held for moments, unless another command works long
 NOISE = ("Use `dvc push`", "To track the changes with git", "To enable auto staging", "Updating lock file",
          "Generating lock file", "Data and pipelines are up to date", "\tgit add")  # fmt: skip
+LAUNCHERS_WORDS = re.compile(r"\[rank\d+\]|[WE]\d{4} |Traceback ")  # of torchrun, once one of its processes has failed
 TERM_GRACE_SECONDS = 10.0  # what a stage has to mark its MLflow run and go
 
 
@@ -311,7 +313,8 @@ def _stage_error(stage: str, exit_code: int, lines: list[str]) -> StageFailed:
     said = [line for line in lines[start:] if not line.startswith("ERROR: failed to reproduce")]
     marked = [i for i, line in enumerate(said) if line.startswith(f"{stage}: ")]
     if marked:  # what stage_run prints for a mistake of the user's
-        message = "\n".join(said[marked[-1] :]).removeprefix(f"{stage}: ")
+        words = list(itertools.takewhile(lambda line: not LAUNCHERS_WORDS.match(line), said[marked[-1] :]))
+        message = "\n".join(words).removeprefix(f"{stage}: ")
     elif StageFailed(stage, exit_code, "").crashed:
         number = -exit_code if exit_code < 0 else exit_code - 128
         name = next((known.name for known in signal.Signals if known == number), str(number))

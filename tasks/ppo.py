@@ -31,9 +31,10 @@ def main() -> None:
         roles = Roles(SFT_MODEL, config)
         add_roles(roles, REWARD_FOLDERS["reward"], method=config.method)
         final, shown = train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=run, checkpoints=run.checkpoints)
-        roles.save(POLICY, POLICY_FOLDER)
-        roles.save(VALUE, VALUE_FOLDER)
-        write_jsonl(SAMPLES, shown)
+        if run.main:
+            roles.save(POLICY, POLICY_FOLDER)
+            roles.save(VALUE, VALUE_FOLDER)
+            write_jsonl(SAMPLES, shown)
         run.finish_metrics(final)
         run.register_model("policy", POLICY_FOLDER, final)
 

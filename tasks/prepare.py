@@ -15,6 +15,8 @@ BASE, PREPARED = Path("artifacts/base"), Path("data/prepared")
 
 def main() -> None:
     with stage_run("prepare") as run:
+        if not run.main:  # of several processes one is enough
+            return
         config = run.params.prepare
         run.progress(0, 3, unit="steps", note="base model")
         sources = sorted({*config.demonstrations, *config.rankings, *config.prompts})

@@ -71,14 +71,16 @@ def main() -> None:
         for role, (mean, std) in statistics.items():
             roles.normalisers[role] = Normaliser(mean, std, final[role]["temperature"])
             final[role] |= {"score_mean": mean, "score_std": std}
-            roles.save(role, FOLDERS[role])
+            if run.main:
+                roles.save(role, FOLDERS[role])
         metrics = {**final["reward"], "gold": final["gold"]}
         metrics["accuracy_by_length"] = {
             f"{part.low:+.0f}_to_{part.high:+.0f}": {"accuracy": part.accuracy, "pairs": part.pairs}
             for part in qualities["reward"].by_length
         }
         run.finish_metrics(metrics)
-        write_csv(Path("plots/calibration.csv"), _calibration(qualities))
+        if run.main:
+            write_csv(Path("plots/calibration.csv"), _calibration(qualities))
         for role, folder in FOLDERS.items():
             run.register_model(role, folder, final[role])
 

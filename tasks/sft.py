@@ -37,7 +37,8 @@ def main() -> None:
             tracker=run,
             checkpoints=run.checkpoints,
         )
-        roles.save(POLICY, MODEL)
+        if run.main:
+            roles.save(POLICY, MODEL)
         run.finish_metrics(final)
         run.register_model("sft", MODEL, final)
 

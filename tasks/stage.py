@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from rlhf_core.config import Params, load_params
-from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError, TrainingDiverged
+from rlhf_core.errors import MissingArtifact, ResourceError, RLHFError, TrainingDiverged
 from rlhf_core.tracking import NullTracker, Tracker
 from tasks.environment import project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
@@ -109,7 +109,7 @@ class StageRun:
     stage: str
     params: Params
     run_key: str
-    main: bool  # False in the helper processes of a distributed launch, which report nothing
+    main: bool  # False in all but one of the processes that share a stage's work; they write and report nothing
     _sink: Tracker
     _history: History
     _entry: StageEntry | None
@@ -126,7 +126,7 @@ class StageRun:
         """Where a loop saves itself, and goes on from: outside DVC's outputs, and of this very configuration only."""
         from rlhf_core.checkpoints import Checkpoints  # torch, which the flow and stage prepare can do without
 
-        return Checkpoints(_checkpoints(self.stage, self.run_key) if self.main and self.run_key else None)
+        return Checkpoints(_checkpoints(self.stage, self.run_key) if self.run_key else None, writes=self.main)
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Record values named `stage/quantity` at a step."""
@@ -202,7 +202,6 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
 
 def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageRun]:
     params = load_params()
-    _refuse_many_processes(params.launcher)
     check_disk()
     for dep in deps:
         _must_exist(Path(dep))
@@ -234,6 +233,10 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     finally:
         if isinstance(sink, MLflowTracker):
             sink.close(status, patience=None if status != "KILLED" else 3.0)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from rlhf_core import processes
+
+            processes.close()
 
 
 def _finish(run: StageRun) -> None:
@@ -366,15 +369,6 @@ def check_disk(folder: Path | None = None) -> None:
                 f"{free:.1f} GB are free where {place.name}/ lies; a stage needs {needed:g} GB. "
                 "`dvc gc --workspace` frees what no present run uses."
             )
-
-
-def _refuse_many_processes(launcher: str) -> None:
-    """Each of them would train a model of its own and write over the others'."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"launcher {launcher!r} started {os.environ['WORLD_SIZE']} processes; a stage runs in one. "
-            "Set launcher: python, or accelerate launch --num_processes 1."
-        )
 
 
 def _must_exist(path: Path) -> None:

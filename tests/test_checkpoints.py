@@ -251,3 +251,15 @@ def test_a_loop_that_was_done_is_not_run_again(run_loop: Callable[..., Any], tmp
     assert again.history == []
     assert found == expected
     assert same(restored, weights)
+
+
+def test_a_process_that_does_not_write_goes_on_from_what_another_wrote(tmp_path: Path) -> None:
+    parameter = torch.ones(2)
+    Checkpoints(tmp_path).offer(3, LoopState({"p": [parameter]}, {}), {"step": 3})
+    (tmp_path / ".step-00000004.partial").mkdir()
+    parameter.zero_()
+    reader = Checkpoints(tmp_path, writes=False).below(".")
+    assert not reader.offer(4, LoopState({"p": [parameter]}, {}), {"step": 4})
+    assert reader.restore(LoopState({"p": [parameter]}, {})) == {"step": 3}
+    assert parameter.tolist() == [1.0, 1.0]
+    assert {path.name for path in tmp_path.iterdir()} == {".step-00000004.partial", "step-00000003"}

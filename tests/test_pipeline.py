@@ -57,6 +57,14 @@ def test_a_failed_stage_says_its_own_message(toy: Path) -> None:
         run_stage("prepare")
 
 
+def test_what_a_launcher_says_after_a_failed_process_is_left_out(toy: Path) -> None:
+    (toy / "behaviour/prepare").write_text("fail among many")
+    said = "Found 0 rows in train.jsonl, expected some. Run `rlhf stage prepare`."
+    with pytest.raises(StageFailed) as caught:
+        run_stage("prepare")
+    assert caught.value.message == said
+
+
 def test_a_killed_stage_is_a_crash_and_names_the_signal(toy: Path) -> None:
     (toy / "behaviour/prepare").write_text("crash")
     with pytest.raises(StageFailed, match=r"ended by signal SIGKILL. Memory may have run out") as caught:

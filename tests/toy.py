@@ -11,15 +11,18 @@ from tasks.pipeline import STAGES
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-# What a stage does can be told from outside: `behaviour/<stage>` holds fail, hang, crash, or text to write.
+# What a stage does can be told from outside: `behaviour/<stage>` holds fail (among many), hang, crash, or a text.
 SCRIPT = """
 import os, sys, time, pathlib, signal
 stage, upstream = sys.argv[1], sys.argv[2:]
 behaviour = pathlib.Path("behaviour", stage)
 wish = behaviour.read_text().strip() if behaviour.exists() else ""
 print(f"{stage} 1/1 steps  100 %", flush=True)
-if wish == "fail":
+if wish.startswith("fail"):
     print(f"{stage}: Found 0 rows in train.jsonl, expected some. Run `rlhf stage prepare`.", file=sys.stderr)
+    if wish == "fail among many":
+        print("[rank1]: RuntimeError: Connection closed by peer", file=sys.stderr)
+        print("E1124 13:48:28 failed (exitcode: 1) local_rank: 1", file=sys.stderr)
     sys.exit(1)
 if wish == "raise":
     raise ZeroDivisionError("of its own")
