@@ -97,7 +97,11 @@ def run_stage(
     last_metrics = metrics.read_bytes() if metrics.is_file() else None
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
-        exit_code, lines = _stream(command, cwd=root, env=_child_environment(env), on_line=on_line)
+        try:
+            exit_code, lines = _stream(command, cwd=root, env=_child_environment(env), on_line=on_line)
+        except BaseException:  # Ctrl-C, a timeout, a cancelled flow run
+            _put_back(stage, root, metrics, last_metrics)
+            raise
         if exit_code == 0:
             return _outcome(stage, lines)
         text = "\n".join(lines)
