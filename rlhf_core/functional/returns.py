@@ -29,7 +29,7 @@ class RunningMoments:
 
     def update(self, values_N: Tensor) -> None:
         """Take in some more numbers; raises ValueError where one is not finite, and then takes in none."""
-        values_N = values_N.detach().double()
+        values_N = values_N.double()
         if not values_N.isfinite().all():
             raise ValueError("expected finite numbers; found " + str(values_N[~values_N.isfinite()][0].item()))
         if not values_N.numel():

@@ -240,20 +240,23 @@ def test_rewards_add_up_to_the_score_less_the_kl_of_the_response(seed: int, kl_c
 def test_running_moments_by_hand() -> None:
     # 1, 3 → mean 2, M 2. Then 8: δ = 6, n = 3 → mean 2 + 6/3 = 4, M 2 + 0 + 36·2·1/3 = 26, std √(26/3).
     moments = RunningMoments()
+    assert (moments.count, moments.mean, moments.squares) == (0, 0.0, 0.0)
     moments.update(torch.tensor([1.0, 3.0]))
     assert (moments.count, moments.mean, moments.squares) == (2, 2.0, 2.0)
     moments.update(torch.tensor([8.0]))
     assert (moments.count, moments.mean, moments.squares) == (3, 4.0, 26.0)
     assert moments.std == pytest.approx(math.sqrt(26 / 3), rel=1e-12)
+    assert [type(value) for value in vars(moments).values()] == [int, float, float]  # a checkpoint keeps them as JSON
 
 
 @FAST
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(0, 1000))
 def test_running_moments_do_not_hang_on_how_the_numbers_came(sizes: list[int], seed: int) -> None:
-    values_N = 1e3 + numbers(sum(sizes), seed=seed)  # far from 0: sums of squares would lose digits
+    values_N = (1e3 + numbers(sum(sizes), seed=seed)).float()  # far from 0: sums of squares would lose digits
     moments = RunningMoments()
     for part in values_N.split(sizes):
         moments.update(part)
+    values_N = values_N.double()
     assert moments.count == len(values_N)
     if len(values_N) > 1:
         assert moments.mean == pytest.approx(values_N.mean().item(), rel=1e-12)
