@@ -53,7 +53,7 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 }
 EXTREMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
 SELECTED = {"where": 1, "zero_masked": 0}  # which argument remains when the mask is forgotten
-SHAPES_ONLY = {"require_same_shape", "describe_shapes"}  # a mask's content does not matter to them,
+SHAPES_ONLY = {"require_same_shape", "describe_shapes", "_ranks"}  # a mask's content does not matter to them,
 SHAPE_ATTRIBUTES = {"shape", "dim"}  # nor to these
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.functional.masks import masked_mean, require_same_shape, zero_masked
+from rlhf_core.functional.masks import describe_shapes, masked_mean, require_same_shape, zero_masked
 
 
 class PolicyLoss(NamedTuple):
@@ -80,30 +80,29 @@ def ranking_loss(scores_BK: Tensor, mask_BK: Tensor, *, ranks_BK: Tensor | None 
     Raises:
         ValueError: the shapes differ or are not of two dimensions.
     """
-    if ranks_BK is None:
-        require_same_shape(rank=2, scores_BK=scores_BK, mask_BK=mask_BK)
-        ranks_BK = torch.arange(scores_BK.shape[1], device=scores_BK.device).expand_as(scores_BK)
-    else:
-        require_same_shape(rank=2, scores_BK=scores_BK, mask_BK=mask_BK, ranks_BK=ranks_BK)
+    ranks_BK = _ranks(scores_BK, mask_BK, ranks_BK)
+    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
     scores_BK = zero_masked(scores_BK, mask_BK)
     lead_BKK = scores_BK[:, :, None] - scores_BK[:, None, :]  # [b, i, j]: by how much i leads j
-    pairs_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
-    pair_count_B = pairs_BKK.sum(dim=(1, 2))
-    loss_B = zero_masked(-logsigmoid(lead_BKK), pairs_BKK).sum(dim=(1, 2)) / pair_count_B.clamp(min=1)
+    pair_count_B = better_BKK.sum(dim=(1, 2))
+    loss_B = zero_masked(-logsigmoid(lead_BKK), better_BKK).sum(dim=(1, 2)) / pair_count_B.clamp(min=1)
     return masked_mean(loss_B, pair_count_B > 0)
 
 
-def plackett_luce_loss(scores_BK: Tensor, mask_BK: Tensor) -> Tensor:
+def plackett_luce_loss(scores_BK: Tensor, mask_BK: Tensor, *, ranks_BK: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of rankings drawn best first, each from what is left.
 
-        L = mean over prompts of −Σ_i (s_i − log Σ_{j ≥ i} exp s_j)
+        L = mean over prompts of −Σ_i (s_i − log Σ_{j not better than i} exp s_j)
 
-    A prompt with fewer than two responses says nothing and is left out of the mean.
-    Plackett 1975, The analysis of permutations; as a loss: Xia et al. 2008, ListMLE.
+    Each response of a tie is drawn from all that are left, its whole tie among them. A prompt with fewer than two
+    responses, or with nothing but ties, says nothing and is left out of the mean.
+    Plackett 1975, The analysis of permutations; as a loss: Xia et al. 2008, ListMLE; ties: Breslow 1974, Covariance
+    analysis of censored survival data, https://doi.org/10.2307/2529620
 
     Args:
-        scores_BK: (B, K) float. Scores of the responses, best first.
+        scores_BK: (B, K) float. Scores of the responses, best first unless `ranks_BK` is given.
         mask_BK: (B, K) bool. True where there is a response.
+        ranks_BK: (B, K) int or float. 1 is best, ties share a rank.
 
     Returns:
         A scalar, nats a ranking.
@@ -111,12 +110,13 @@ def plackett_luce_loss(scores_BK: Tensor, mask_BK: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ or are not of two dimensions.
     """
-    require_same_shape(rank=2, scores_BK=scores_BK, mask_BK=mask_BK)
-    left_BKK = mask_BK[:, None, :].expand(-1, mask_BK.shape[1], -1).triu()  # [b, i, j]: j is left at i
+    ranks_BK = _ranks(scores_BK, mask_BK, ranks_BK)
+    there_BKK = mask_BK[:, :, None] & mask_BK[:, None, :]
+    left_BKK = (ranks_BK[:, :, None] <= ranks_BK[:, None, :]) & there_BKK  # [b, i, j]: j is left when i is drawn
     lowest = torch.finfo(scores_BK.dtype).min  # finite: −∞ − −∞ would be NaN
     log_total_BK = torch.where(left_BKK, scores_BK[:, None, :], lowest).logsumexp(dim=2)
     loss_B = zero_masked(log_total_BK - scores_BK, mask_BK).sum(dim=1)
-    return masked_mean(loss_B, mask_BK.sum(dim=1) > 1)
+    return masked_mean(loss_B, (left_BKK != there_BKK).any(dim=(1, 2)))
 
 
 def policy_loss(
@@ -238,6 +238,19 @@ def dpo_loss(
     )
     lead = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return _mean(-logsigmoid(beta * lead))
+
+
+def _ranks(scores_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None) -> Tensor:
+    """The ranks, or those of responses that stand best first; raises ValueError for a wrong shape of any argument."""
+    same = scores_BK.shape == mask_BK.shape == (scores_BK if ranks_BK is None else ranks_BK).shape
+    if not (same and scores_BK.dim() == 2):
+        raise ValueError(
+            "expected one shape of 2 dimensions for all; found "
+            + describe_shapes(scores_BK=scores_BK, mask_BK=mask_BK, ranks_BK=ranks_BK)
+        )
+    if ranks_BK is not None:
+        return ranks_BK
+    return torch.arange(scores_BK.shape[1], device=scores_BK.device).expand_as(scores_BK)
 
 
 def _mean(values: Tensor) -> Tensor:

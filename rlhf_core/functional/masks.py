@@ -20,9 +20,9 @@ def require_same_shape(*, rank: int | None = None, **tensors: Tensor) -> None:
         raise ValueError(f"expected {wanted} for all; found {describe_shapes(**tensors)}")
 
 
-def describe_shapes(**tensors: Tensor) -> str:
-    """Every argument with its shape, as error messages give them."""
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+def describe_shapes(**tensors: Tensor | None) -> str:
+    """Every argument that is given with its shape, as error messages give them."""
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
 
 
 def zero_masked(values: Tensor, mask: Tensor) -> Tensor:

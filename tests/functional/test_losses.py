@@ -159,9 +159,10 @@ def test_ranking_loss_does_not_depend_on_the_order_in_which_responses_stand() ->
     close(moved, ranking_loss(scores_BK, RAGGED_BK, ranks_BK=RANKS_BK))
 
 
-def test_ranking_loss_of_ties_alone_is_0_with_finite_gradients() -> None:
+@pytest.mark.parametrize("function", [ranking_loss, plackett_luce_loss])
+def test_ranking_loss_of_ties_alone_is_0_with_finite_gradients(function) -> None:
     scores_BK = numbers(2, 3).requires_grad_()
-    loss = ranking_loss(scores_BK, bools(2, 3), ranks_BK=torch.ones(2, 3, dtype=torch.int64))
+    loss = function(scores_BK, bools(2, 3), ranks_BK=torch.ones(2, 3, dtype=torch.int64))
     assert loss.item() == 0.0
     assert (gradients(loss, scores_BK)[0] == 0).all()
 
@@ -171,6 +172,15 @@ def test_plackett_luce_loss_by_hand() -> None:
     weights_BK = torch.tensor([[3.0, 2.0, 1.0], [1.0, NAN, 4.0], [NAN, 7.0, NAN]], dtype=torch.float64)
     mask_BK = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0]]).bool()
     close(plackett_luce_loss(weights_BK.log(), mask_BK), (math.log(3) + math.log(5)) / 2)
+
+
+def test_plackett_luce_loss_with_ties_by_hand() -> None:
+    # Weights 3, 2, 1 as above. Row 1: the first two tie, each drawn from all: 3/6 · 2/6 · 1. Row 2: the last two tie,
+    # each drawn from both: 3/6 · 2/3 · 1/3 = 1/9. Row 3: all tie, left out.
+    weights_BK = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 3.0, 2.0]], dtype=torch.float64)
+    ranks_BK = torch.tensor([[1, 1, 2], [1, 2, 2], [5, 5, 5]])
+    found = plackett_luce_loss(weights_BK.log(), bools(3, 3), ranks_BK=ranks_BK)
+    close(found, (math.log(6) + math.log(9)) / 2)
 
 
 def slow_plackett_luce_loss(scores_BK: Tensor, mask_BK: Tensor) -> float:
@@ -190,6 +200,38 @@ def slow_plackett_luce_loss(scores_BK: Tensor, mask_BK: Tensor) -> float:
 def test_plackett_luce_loss_equals_loops() -> None:
     scores_BK = numbers(5, 4)
     close(plackett_luce_loss(scores_BK, RAGGED_BK), slow_plackett_luce_loss(scores_BK, RAGGED_BK))
+
+
+def slow_breslow_loss(scores_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor) -> float:
+    """Breslow 1974: at each place, the product of the tied weights over a power of the weight of all that are left."""
+    prompts = []
+    for scores, mask, ranks in zip(scores_BK.tolist(), mask_BK.tolist(), ranks_BK.tolist(), strict=True):
+        kept = [(rank, math.exp(score)) for score, there, rank in zip(scores, mask, ranks, strict=True) if there]
+        if len({rank for rank, _ in kept}) < 2:
+            continue
+        likelihood = 1.0
+        for place in {rank for rank, _ in kept}:
+            tied = [weight for rank, weight in kept if rank == place]
+            left = sum(weight for rank, weight in kept if rank >= place)
+            likelihood *= math.prod(tied) / left ** len(tied)
+        prompts.append(-math.log(likelihood))
+    return sum(prompts) / len(prompts)
+
+
+def test_plackett_luce_loss_with_ties_equals_loops() -> None:
+    scores_BK = numbers(5, 4)
+    expected = slow_breslow_loss(scores_BK, RAGGED_BK, RANKS_BK)
+    close(plackett_luce_loss(scores_BK, RAGGED_BK, ranks_BK=RANKS_BK), expected)
+    close(plackett_luce_loss(scores_BK, RAGGED_BK, ranks_BK=RANKS_BK.double()), expected)
+
+
+def test_plackett_luce_loss_of_strict_ranks_is_that_of_the_order_they_tell() -> None:
+    scores_BK, mask_BK, order = numbers(5, 4), RAGGED_BK, torch.tensor([2, 0, 3, 1])
+    best_first_BK = torch.tensor([[1, 2, 5, 9]]).expand(5, 4)
+    plain = plackett_luce_loss(scores_BK, mask_BK)
+    assert torch.equal(plackett_luce_loss(scores_BK, mask_BK, ranks_BK=best_first_BK), plain)
+    moved = plackett_luce_loss(scores_BK[:, order], mask_BK[:, order], ranks_BK=best_first_BK[:, order])
+    close(moved, plain)
 
 
 def test_plackett_luce_likelihoods_of_all_orders_add_up_to_1() -> None:
@@ -213,6 +255,8 @@ RANKING_LOSSES = [
     pytest.param(lambda s, m: ranking_loss(s, m, ranks_BK=RANKS_BK[: len(s)]), id="by ranks"),
     pytest.param(lambda s, m: ranking_loss(s, m, ranks_BK=torch.where(m, RANKS_BK, NAN)), id="nan ranks"),
     pytest.param(plackett_luce_loss, id="plackett-luce"),
+    pytest.param(lambda s, m: plackett_luce_loss(s, m, ranks_BK=RANKS_BK[: len(s)]), id="plackett-luce by ranks"),
+    pytest.param(lambda s, m: plackett_luce_loss(s, m, ranks_BK=torch.where(m, RANKS_BK, NAN)), id="and nan ranks"),
 ]
 
 
@@ -249,10 +293,10 @@ def test_rankings_of_wrong_shape_are_named() -> None:
             function(torch.zeros(2, 3), bools(2, 4))
         with pytest.raises(ValueError, match="2 dimensions"):
             function(torch.zeros(3), bools(3))
-    with pytest.raises(ValueError, match=r"found scores_BK \(2, 3\), mask_BK \(2, 3\), ranks_BK \(1, 3\)"):
-        ranking_loss(torch.zeros(2, 3), bools(2, 3), ranks_BK=torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="2 dimensions"):
-        ranking_loss(torch.zeros(3), bools(3), ranks_BK=torch.zeros(3))
+        with pytest.raises(ValueError, match=r"found scores_BK \(2, 3\), mask_BK \(2, 3\), ranks_BK \(1, 3\)"):
+            function(torch.zeros(2, 3), bools(2, 3), ranks_BK=torch.zeros(1, 3))
+        with pytest.raises(ValueError, match="2 dimensions"):
+            function(torch.zeros(3), bools(3), ranks_BK=torch.zeros(3))
 
 
 # PPO's policy
