@@ -61,31 +61,47 @@ def pairwise_loss(
     return _mean(-logsigmoid(lead)) + center_coef * _mean((chosen + rejected).square())
 
 
-def ranking_loss(scores_BK: Tensor, mask_BK: Tensor, *, ranks_BK: Tensor | None = None) -> Tensor:
+def ranking_loss(
+    scores_BK: Tensor,
+    mask_BK: Tensor,
+    *,
+    ranks_BK: Tensor | None = None,
+    margins_BKK: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Loss of a reward model on whole rankings.
 
-        L = mean over prompts of mean over pairs (i better than j) of −log σ(s_i − s_j)
+        d_ij = s_i − s_j − margin_ij
+        L = mean over prompts of mean over pairs (i better than j) of −(1 − ε) log σ(d_ij) − ε log σ(−d_ij)
 
     Ties make no pair. A prompt without a pair says nothing and is left out of the mean.
-    Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155
+    Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155; margin: Touvron et al. 2023, eq. 2,
+    https://arxiv.org/abs/2307.09288; smoothing: Mitchell 2023, conservative DPO, https://ericmitchell.ai/cdpo.pdf
 
     Args:
         scores_BK: (B, K) float. Scores of the responses, best first unless `ranks_BK` is given.
         mask_BK: (B, K) bool. True where there is a response.
         ranks_BK: (B, K) int or float. 1 is best, ties share a rank.
+        margins_BKK: (B, K, K) float. By how much i ought to lead j, in score units; read where i is better than j.
+        label_smoothing: ε in [0, ½), the share of pairs that are judged the wrong way round.
 
     Returns:
         A scalar, nats.
 
     Raises:
-        ValueError: the shapes differ or are not of two dimensions.
+        ValueError: the shapes differ or are not of two dimensions (three for the margins), or ε is not in [0, ½).
     """
-    ranks_BK = _ranks(scores_BK, mask_BK, ranks_BK)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"expected label_smoothing in [0, 0.5); found {label_smoothing}")
+    ranks_BK = _ranks(scores_BK, mask_BK, ranks_BK, margins_BKK)
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & mask_BK[:, :, None] & mask_BK[:, None, :]
     scores_BK = zero_masked(scores_BK, mask_BK)
     lead_BKK = scores_BK[:, :, None] - scores_BK[:, None, :]  # [b, i, j]: by how much i leads j
+    if margins_BKK is not None:
+        lead_BKK = lead_BKK - zero_masked(margins_BKK, better_BKK)
+    each_BKK = -logsigmoid(lead_BKK) + label_smoothing * lead_BKK  # since −log σ(−d) = −log σ(d) + d
     pair_count_B = better_BKK.sum(dim=(1, 2))
-    loss_B = zero_masked(-logsigmoid(lead_BKK), better_BKK).sum(dim=(1, 2)) / pair_count_B.clamp(min=1)
+    loss_B = zero_masked(each_BKK, better_BKK).sum(dim=(1, 2)) / pair_count_B.clamp(min=1)
     return masked_mean(loss_B, pair_count_B > 0)
 
 
@@ -240,13 +256,14 @@ def dpo_loss(
     return _mean(-logsigmoid(beta * lead))
 
 
-def _ranks(scores_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None) -> Tensor:
+def _ranks(scores_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, margins_BKK: Tensor | None = None) -> Tensor:
     """The ranks, or those of responses that stand best first; raises ValueError for a wrong shape of any argument."""
     same = scores_BK.shape == mask_BK.shape == (scores_BK if ranks_BK is None else ranks_BK).shape
-    if not (same and scores_BK.dim() == 2):
+    square = margins_BKK is None or margins_BKK.shape == (*scores_BK.shape, *scores_BK.shape[1:])
+    if not (same and square and scores_BK.dim() == 2):
         raise ValueError(
-            "expected one shape of 2 dimensions for all; found "
-            + describe_shapes(scores_BK=scores_BK, mask_BK=mask_BK, ranks_BK=ranks_BK)
+            "expected one shape of 2 dimensions for all, but (B, K, K) for margins; found "
+            + describe_shapes(scores_BK=scores_BK, mask_BK=mask_BK, ranks_BK=ranks_BK, margins_BKK=margins_BKK)
         )
     if ranks_BK is not None:
         return ranks_BK

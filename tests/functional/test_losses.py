@@ -22,6 +22,8 @@ FAST = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 NAN = math.nan
 RAGGED_BK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
 RANKS_BK = torch.tensor([[2, 1, 2, 4], [2, 1, 9, 9], [1, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4]])  # row 3 has only ties
+MARGINS_BKK = torch.rand(5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+PAIRS_BKK = (RANKS_BK[:, :, None] < RANKS_BK[:, None, :]) & RAGGED_BK[:, :, None] & RAGGED_BK[:, None, :]
 MASK_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
 
 
@@ -126,12 +128,40 @@ def test_ranking_loss_by_hand() -> None:
     close(ranking_loss(scores_BK, mask_BK), expected)
 
 
-def slow_ranking_loss(scores_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor) -> float:
-    """Ouyang et al. 2022, eq. 1, pair by pair."""
+def test_ranking_loss_with_margins_by_hand() -> None:
+    # Leads log 6, log 12, log 2 of pairs 1–2, 1–3, 2–3; less their margins log 2, log 3, 0: log 3, log 4, log 2, of
+    # which σ is 3/4, 4/5, 2/3. What stands where there is no pair is not read.
+    log = math.log
+    scores_BK = torch.tensor([[log(12), log(2), 0.0]], dtype=torch.float64)
+    margins_BKK = torch.tensor([[[NAN, log(2), log(3)], [NAN, NAN, 0.0], [9.0, NAN, NAN]]], dtype=torch.float64)
+    found = ranking_loss(scores_BK, bools(1, 3), margins_BKK=margins_BKK)
+    close(found, (log(4 / 3) + log(5 / 4) + log(3 / 2)) / 3)
+
+
+def test_ranking_loss_with_smoothed_labels_by_hand() -> None:
+    # Leads log 3 and, ranked the other way round, −log 3; ε = 0.1: σ is 3/4 and 1/4.
+    scores_BK = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0]], dtype=torch.float64)
+    ranks_BK = torch.tensor([[1, 2], [2, 1]])
+    right, wrong = 0.9 * math.log(4 / 3) + 0.1 * math.log(4), 0.9 * math.log(4) + 0.1 * math.log(4 / 3)
+    found = ranking_loss(scores_BK, bools(2, 2), ranks_BK=ranks_BK, label_smoothing=0.1)
+    close(found, (right + wrong) / 2)
+
+
+def slow_ranking_loss(
+    scores_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor, margins_BKK: Tensor | None = None, smoothing: float = 0.0
+) -> float:
+    """Ouyang et al. 2022, eq. 1, pair by pair, with the margin of Touvron et al. and Mitchell's smoothing."""
     prompts = []
-    for scores, mask, ranks in zip(scores_BK.tolist(), mask_BK.tolist(), ranks_BK.tolist(), strict=True):
+    for b, (scores, mask, ranks) in enumerate(
+        zip(scores_BK.tolist(), mask_BK.tolist(), ranks_BK.tolist(), strict=True)
+    ):
         kept = [i for i in range(len(scores)) if mask[i]]
-        pairs = [slow_nll(scores[i] - scores[j]) for i, j in permutations(kept, 2) if ranks[i] < ranks[j]]
+        leads = [
+            scores[i] - scores[j] - (0.0 if margins_BKK is None else margins_BKK[b, i, j].item())
+            for i, j in permutations(kept, 2)
+            if ranks[i] < ranks[j]
+        ]
+        pairs = [(1 - smoothing) * slow_nll(lead) + smoothing * slow_nll(-lead) for lead in leads]
         if pairs:
             prompts.append(sum(pairs) / len(pairs))
     return sum(prompts) / len(prompts)
@@ -144,6 +174,39 @@ def test_ranking_loss_equals_loops() -> None:
     expected = slow_ranking_loss(scores_BK, RAGGED_BK, RANKS_BK)
     close(ranking_loss(scores_BK, RAGGED_BK, ranks_BK=RANKS_BK), expected)
     close(ranking_loss(scores_BK, RAGGED_BK, ranks_BK=RANKS_BK.double()), expected)
+    for margins_BKK, smoothing in ((MARGINS_BKK, 0.0), (None, 0.3), (MARGINS_BKK, 0.2)):
+        expected = slow_ranking_loss(scores_BK, RAGGED_BK, RANKS_BK, margins_BKK, smoothing)
+        options = {"ranks_BK": RANKS_BK, "margins_BKK": margins_BKK, "label_smoothing": smoothing}
+        close(ranking_loss(scores_BK, RAGGED_BK, **options), expected)
+
+
+def test_ranking_loss_without_margin_and_smoothing_is_the_plain_one() -> None:
+    scores_BK = numbers(5, 4)
+    plain = ranking_loss(scores_BK, RAGGED_BK, ranks_BK=RANKS_BK)
+    nothing = {"margins_BKK": torch.zeros(5, 4, 4, dtype=torch.float64), "label_smoothing": 0.0}
+    assert torch.equal(ranking_loss(scores_BK, RAGGED_BK, ranks_BK=RANKS_BK, **nothing), plain)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_smoothing_is_content_with_a_lead_at_which_that_share_of_judges_would_err(margin: float) -> None:
+    # σ(d) = 1 − ε: past it, a greater lead costs more.
+    leads = torch.tensor([[math.log(0.8 / 0.2) + margin, 0.0]], dtype=torch.float64).requires_grad_()
+    margins_BKK = torch.full((1, 2, 2), margin, dtype=torch.float64)
+    loss = ranking_loss(leads, bools(1, 2), margins_BKK=margins_BKK, label_smoothing=0.2)
+    close(gradients(loss, leads)[0], [[0.0, 0.0]])
+    close(loss.detach(), -0.8 * math.log(0.8) - 0.2 * math.log(0.2))  # the entropy of such a judge
+
+
+def test_ranking_loss_of_huge_leads_is_finite_when_smoothed() -> None:
+    for scores, expected in (([1e4, -1e4], 2e3), ([-1e4, 1e4], 1.8e4)):
+        found = ranking_loss(torch.tensor([scores]), bools(1, 2), label_smoothing=0.1)
+        close(found, expected, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("label_smoothing", [-0.01, 0.5, NAN])
+def test_smoothing_out_of_range_is_refused(label_smoothing: float) -> None:
+    with pytest.raises(ValueError, match=rf"expected label_smoothing in \[0, 0\.5\); found {label_smoothing}"):
+        ranking_loss(torch.zeros(1, 2), bools(1, 2), label_smoothing=label_smoothing)
 
 
 def test_ranking_loss_of_two_is_the_pairwise_loss() -> None:
@@ -151,6 +214,9 @@ def test_ranking_loss_of_two_is_the_pairwise_loss() -> None:
     close(ranking_loss(scores_BK, bools(6, 2)), pairwise_loss(scores_BK[:, 0], scores_BK[:, 1]))
     reverse_BK = torch.tensor([[2, 1]]).expand(6, 2)
     close(ranking_loss(scores_BK, bools(6, 2), ranks_BK=reverse_BK), pairwise_loss(scores_BK[:, 1], scores_BK[:, 0]))
+    margins_BKK = numbers(6, 2, 2, seed=1)
+    expected = pairwise_loss(scores_BK[:, 0], scores_BK[:, 1], margin=margins_BKK[:, 0, 1])
+    close(ranking_loss(scores_BK, bools(6, 2), margins_BKK=margins_BKK), expected)
 
 
 def test_ranking_loss_does_not_depend_on_the_order_in_which_responses_stand() -> None:
@@ -254,6 +320,12 @@ RANKING_LOSSES = [
     pytest.param(ranking_loss, id="best first"),
     pytest.param(lambda s, m: ranking_loss(s, m, ranks_BK=RANKS_BK[: len(s)]), id="by ranks"),
     pytest.param(lambda s, m: ranking_loss(s, m, ranks_BK=torch.where(m, RANKS_BK, NAN)), id="nan ranks"),
+    pytest.param(
+        lambda s, m: ranking_loss(
+            s, m, ranks_BK=RANKS_BK, margins_BKK=torch.where(PAIRS_BKK, MARGINS_BKK, NAN), label_smoothing=0.2
+        ),
+        id="nan margins, smoothed",
+    ),
     pytest.param(plackett_luce_loss, id="plackett-luce"),
     pytest.param(lambda s, m: plackett_luce_loss(s, m, ranks_BK=RANKS_BK[: len(s)]), id="plackett-luce by ranks"),
     pytest.param(lambda s, m: plackett_luce_loss(s, m, ranks_BK=torch.where(m, RANKS_BK, NAN)), id="and nan ranks"),
@@ -297,6 +369,13 @@ def test_rankings_of_wrong_shape_are_named() -> None:
             function(torch.zeros(2, 3), bools(2, 3), ranks_BK=torch.zeros(1, 3))
         with pytest.raises(ValueError, match="2 dimensions"):
             function(torch.zeros(3), bools(3), ranks_BK=torch.zeros(3))
+    for shape in ((2, 3), (2, 3, 4), (1, 3, 3)):
+        margins = {"margins_BKK": torch.zeros(shape)}
+        with pytest.raises(ValueError, match=r"\(B, K, K\) for margins; found") as raised:
+            ranking_loss(torch.zeros(2, 3), bools(2, 3), **margins)
+        assert str(raised.value).endswith(f"found scores_BK (2, 3), mask_BK (2, 3), margins_BKK {shape}")
+    with pytest.raises(ValueError, match=r"mask_BK \(2, 4\), ranks_BK \(2, 3\), margins_BKK \(2, 3, 3\)$"):
+        ranking_loss(torch.zeros(2, 3), bools(2, 4), ranks_BK=torch.zeros(2, 3), margins_BKK=torch.zeros(2, 3, 3))
 
 
 # PPO's policy
