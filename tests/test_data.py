@@ -231,6 +231,13 @@ BAD_RANKINGS = [
     ),
     (bad(responses=["a", "b"], ranks=[1, 2], margin="1"), "margin: found '1', expected a number"),
     (bad(chosen="a", rejected="b", margin="1"), "margin: found '1', expected a number"),
+    (bad(chosen="a", rejected="b", margin=float("nan")), "margin: found nan, expected a number"),
+    (bad(chosen="a", rejected="b", margin=float("-inf")), "margin: found -inf, expected a number"),
+    (bad(chosen="a", rejected="b", margin=10**309), f"margin: found 1{'0' * 309}, expected a number"),
+    (
+        bad(responses=["a", "b"], ranks=[1, 2], scores={"truth": [1, float("nan")]}),
+        "scores.truth: found [1, nan], expected 2 numbers, one a response",
+    ),
     (bad(chosen="a", rejected=""), f"rejected: found '', expected {TEXT_EXPECTED}"),
     (bad("", chosen="a", rejected="b"), f"prompt: found '', expected {PROMPT_EXPECTED}"),
     ({"chosen": "a", "rejected": "b"}, f"chosen: found 'a', expected {DIALOGUE_EXPECTED}"),
