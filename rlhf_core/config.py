@@ -88,8 +88,29 @@ class SFT(Supervised):
 class Reward(Supervised):
     """The reward model, and with the same settings the gold reward model on its own split."""
 
+    loss: Literal["pairs", "plackett_luce"] = Field(
+        description="Learn each pair of a ranking (Ouyang et al. 2022), or its whole order, drawn from the best down "
+        "(Plackett 1975), with ties by Breslow's rule."
+    )
+    label_smoothing: float = Field(
+        ge=0,
+        lt=0.5,
+        description="Share of pairs taken to be judged the wrong way round (Mitchell 2023); 0 with plackett_luce.",
+    )
+    margin_coef: float = Field(
+        ge=0,
+        description="The better response ought to lead by this times the pair's margin in the data, a given one or a "
+        "difference of mean scores (Touvron et al. 2023). Reward units a unit of the data; 0 with plackett_luce.",
+    )
     center_coef: float = Field(ge=0, description="Pulls the mean score to 0: coef · (chosen + rejected)² a pair.")
     norm_samples: int = Field(ge=2, description="SFT responses on which the score's mean and std are measured.")
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> "Reward":
+        for key in ("label_smoothing", "margin_coef"):
+            if self.loss != "pairs" and getattr(self, key) > 0:
+                raise ValueError(f"{key} {getattr(self, key):g} needs loss pairs: loss {self.loss} has no pairs")
+        return self
 
 
 class PPO(Training):

@@ -15,7 +15,7 @@ from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
-from rlhf_core.functional import masked_mean, ranking_loss
+from rlhf_core.functional import masked_mean, plackett_luce_loss, ranking_loss
 from rlhf_core.models import REFERENCE, Roles, TrunkCache, pad_right
 from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, require_finite, set_rate, step_clipped
 from rlhf_core.records import Ranking, Sampled
@@ -39,6 +39,7 @@ class EncodedRanking(NamedTuple):
     ids: list[list[int]]
     ranks: tuple[int, ...]
     lengths: list[int]
+    grades: tuple[float, ...] = ()  # how good each is said to be, () where nothing says it: see `grades_of`
 
 
 class Judged(NamedTuple):
@@ -57,10 +58,19 @@ def encode_rankings(
     for record in rankings:
         prompt = encode_prompt(tokenizer, record.prompt, system)
         responses = [encode_response(tokenizer, text, limit=max_response_tokens) for text in record.responses]
-        encoded.append(
-            EncodedRanking([prompt + ids for ids in responses], record.ranks, [len(ids) for ids in responses])
-        )
+        lengths = [len(ids) for ids in responses]
+        encoded.append(EncodedRanking([prompt + ids for ids in responses], record.ranks, lengths, grades_of(record)))
     return encoded
+
+
+def grades_of(record: Ranking) -> tuple[float, ...]:
+    """Numbers whose differences are the margins that the data tells: of a pair its `margin`, else the mean score.
+
+    The mean is over the axes of `scores`. Without either there are no grades, and no margins.
+    """
+    if record.margin is not None and len(record.ranks) == 2:
+        return tuple(record.margin * (rank == min(record.ranks)) for rank in record.ranks)
+    return tuple(sum(of_one) / len(of_one) for of_one in zip(*(record.scores or {}).values(), strict=True))
 
 
 def score_rankings(
@@ -74,6 +84,15 @@ def score_rankings(
     mask_BK, ranks_BK = mask_BK.to(scores.device), ranks_BK.to(scores.device)
     scores_BK = torch.zeros(mask_BK.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask_BK, scores)
     return scores_BK, ranks_BK, mask_BK
+
+
+def margins_of(rankings: Sequence[EncodedRanking]) -> Tensor:
+    """(B, K, K) by how much response i is graded above response j, never below 0, and 0 where there are no grades."""
+    width = max(len(ranking.ids) for ranking in rankings)
+    grades_BK = torch.tensor(
+        [[*ranking.grades, *[0.0] * (width - len(ranking.grades))] for ranking in rankings], dtype=torch.float64
+    )
+    return (grades_BK[:, :, None] - grades_BK[:, None, :]).clamp(min=0)
 
 
 def centering(scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
@@ -168,7 +187,17 @@ def train_reward(
             part = own[start : start + config.micro_batch_size]
             weight = sum(len(set(ranking.ranks)) > 1 for ranking in part) / counted
             scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id, cache)
-            ranked = ranking_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
+            if config.loss == "pairs":
+                margins_BKK = (config.margin_coef * margins_of(part)).to(scores_BK)
+                ranked = ranking_loss(
+                    scores_BK,
+                    mask_BK,
+                    ranks_BK=ranks_BK,
+                    margins_BKK=margins_BKK,
+                    label_smoothing=config.label_smoothing,
+                )
+            else:
+                ranked = plackett_luce_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
             centred = centering(scores_BK, ranks_BK, mask_BK)
             require_finite({"A score": scores_BK, "The loss": ranked}, where=prefix, batch=_padded(part, pad_id))
             ((ranked + config.center_coef * centred) * weight).backward()

@@ -56,7 +56,16 @@ SHARED = {
 }
 SUPERVISED = {**SHARED, "learning_rate": 0.03, "epochs": 8, "batch_size": 3, "warmup_fraction": 0.25}
 SFT_SECTION = SFT.model_validate(SUPERVISED)
-REWARD_SECTION = Reward.model_validate({**SUPERVISED, "center_coef": 0.01, "norm_samples": 6})
+REWARD_SECTION = Reward.model_validate(
+    {
+        **SUPERVISED,
+        "loss": "pairs",
+        "label_smoothing": 0.0,
+        "margin_coef": 0.0,
+        "center_coef": 0.01,
+        "norm_samples": 6,
+    }
+)
 PPO_SECTION = PPO.model_validate(
     {
         **SHARED,

@@ -61,7 +61,17 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
     "sft": (SFT, {**LORA, "epochs": 1, "batch_size": 4, "warmup_fraction": 0.0}),
     "reward": (
         Reward,
-        {**LORA, "epochs": 1, "batch_size": 4, "warmup_fraction": 0.0, "center_coef": 0.0, "norm_samples": 8},
+        {
+            **LORA,
+            "epochs": 1,
+            "batch_size": 4,
+            "warmup_fraction": 0.0,
+            "loss": "pairs",
+            "label_smoothing": 0.0,
+            "margin_coef": 0.0,
+            "center_coef": 0.0,
+            "norm_samples": 8,
+        },
     ),
     "ppo": (
         PPO,

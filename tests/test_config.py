@@ -103,6 +103,10 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("sft", "max_grad_norm", 0),
         ("sft", "warmup_fraction", 1),
         ("sft", "warmup_fraction", -0.1),
+        ("reward", "loss", "listwise"),
+        ("reward", "label_smoothing", -0.1),
+        ("reward", "label_smoothing", 0.5),
+        ("reward", "margin_coef", -1),
         ("reward", "center_coef", -1),
         ("reward", "norm_samples", 1),
         ("ppo", "updates", 0),
@@ -177,6 +181,16 @@ def test_fractions_have_to_leave_a_training_split(raw: dict[str, Any]) -> None:
 def test_ppo_values_have_to_fit_each_other(raw: dict[str, Any], values: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_params(changed(raw, "ppo", **values))
+
+
+@pytest.mark.parametrize(("key", "value"), [("label_smoothing", 0.1), ("margin_coef", 0.5)])
+def test_what_works_on_pairs_is_refused_with_another_loss(raw: dict[str, Any], key: str, value: float) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^params.yaml: reward: .*{key} {value} needs loss pairs: loss plackett_luce"
+    ):
+        check_params(changed(raw, "reward", loss="plackett_luce", **{key: value}))
+    check_params(changed(raw, "reward", **{key: value}))
+    check_params(changed(raw, "reward", loss="plackett_luce"))
 
 
 def test_sections_are_frozen(raw: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ from rlhf_core.reward import (
     accuracy,
     centering,
     encode_rankings,
+    grades_of,
     judge_rankings,
+    margins_of,
     measure,
     normalise_on_samples,
     score_rankings,
@@ -47,6 +49,11 @@ MIXED = [
     ranking([12, 5, 77, 2], [12, 5, 31, 8, 64, 2], [12, 5, 2], ranks=(3, 1, 2)),
     ranking([40, 41, 42, 2], [40, 41, 43, 44, 2], [40, 41, 45, 2], [40, 41, 46, 2], ranks=(1, 2, 2, 4)),
     ranking([9, 9, 10, 2], [9, 9, 11, 12, 2], ranks=(1, 1)),
+]
+# The same as graded by their annotators: one of them says of the worst that it is good, and one does not say
+GRADED = [
+    one._replace(grades=grades)
+    for one, grades in zip(MIXED, [(2.5, 0.0), (1.0, 4.0, 2.0), (3.0, 2.0, 2.5, 4.0), ()], strict=True)
 ]
 # A toy that can be separated: token 100 is in every better response, and nowhere else.
 TOY = [
@@ -79,6 +86,33 @@ def test_rankings_are_encoded_as_rollouts_are(tokenizer: PreTrainedTokenizerFast
     (cut,) = encode_rankings([record], tokenizer, system="Be brief.", max_response_tokens=2)
     assert cut.lengths == [2, 2]
     assert cut.ids[0] == found.ids[0][: len(prompt) + 2]
+
+
+def test_grades_are_a_pairs_margin_or_the_mean_of_the_scores() -> None:
+    def graded(*ranks: int, **fields: Any) -> tuple[float, ...]:
+        return grades_of(Ranking((("user", "hi"),), ("x",) * len(ranks), ranks, **fields))
+
+    scores = {"helpfulness": [5, 1, 3], "truthfulness": [4.0, 2.0, 0.0]}
+    assert graded(1, 2, margin=0.5) == (0.5, 0.0)
+    assert graded(2, 1, margin=0.5, scores={"helpfulness": [1, 9]}) == (0.0, 0.5)
+    assert graded(1, 2, 3, scores=scores) == (4.5, 1.5, 1.5)
+    assert graded(1, 2, 3, scores=scores, margin=0.5) == (4.5, 1.5, 1.5)  # which of its pairs it is of is not told
+    assert graded(1, 2) == graded(1, 2, scores={}) == graded(1, 2, 3, margin=0.5) == ()
+
+
+def test_encoded_rankings_keep_their_grades(tokenizer: PreTrainedTokenizerFast) -> None:
+    record = Ranking((("user", "hi"),), ("A lemon.", "A banana."), (2, 1), margin=1.5)
+    found = encode_rankings([record, record._replace(margin=None)], tokenizer, system="", max_response_tokens=50)
+    assert [one.grades for one in found] == [(0.0, 1.5), ()]
+
+
+def test_margins_by_hand() -> None:
+    found = margins_of([GRADED[0], GRADED[1], GRADED[3]])
+    assert found.tolist() == [
+        [[0, 2.5, 2.5], [0, 0, 0], [0, 0, 0]],  # the third place is no response
+        [[0, 0, 0], [3, 0, 2], [1, 0, 0]],
+        [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+    ]
 
 
 @torch.no_grad()
@@ -146,6 +180,71 @@ def test_the_first_loss_weighs_every_ranking_the_same(llama: Path, section: Call
     train(roles, MIXED, config, tracker=tracker)
     losses = [values["reward/loss"] for _, values in tracker.history if "reward/loss" in values]
     assert losses == pytest.approx([sum(each) / 3], rel=1e-5)  # float32
+
+
+def slow_losses(one: EncodedRanking, scores: list[float], margin_coef: float, smoothing: float) -> tuple[float, float]:
+    """The loss of a ranking by pairs, and by its whole order."""
+    pairs, order = [], 0.0
+    grades = one.grades or (0.0,) * len(one.ranks)
+    for i, rank in enumerate(one.ranks):
+        for j, other in enumerate(one.ranks):
+            if rank < other:
+                lead = scores[i] - scores[j] - margin_coef * max(grades[i] - grades[j], 0)
+                right, wrong = math.log1p(math.exp(-lead)), math.log1p(math.exp(lead))
+                pairs.append((1 - smoothing) * right + smoothing * wrong)
+        order -= scores[i] - math.log(sum(math.exp(scores[j]) for j, other in enumerate(one.ranks) if other >= rank))
+    return sum(pairs) / len(pairs), order
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "pairs"},
+        {"loss": "plackett_luce"},
+        {"label_smoothing": 0.2},
+        {"margin_coef": 0.5},
+        {"label_smoothing": 0.1, "margin_coef": 2.0},
+    ],
+)
+def test_the_first_loss_is_the_one_that_is_asked_for(
+    llama: Path, section: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    tracker, config = MemoryTracker(), section("reward", micro_batch_size=2, **changes)
+    roles = reward_model(llama, config)
+    with torch.no_grad():
+        scores_BK, _, _ = score_rankings(roles, ROLE, GRADED, PAD)
+    each = [  # the last is a tie
+        slow_losses(one, scores, config.margin_coef, config.label_smoothing)[config.loss == "plackett_luce"]
+        for one, scores in zip(GRADED[:3], scores_BK.tolist(), strict=False)
+    ]
+    train(roles, GRADED, config, tracker=tracker)
+    losses = [values["reward/loss"] for _, values in tracker.history if "reward/loss" in values]
+    assert losses == pytest.approx([sum(each) / 3], rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss": "plackett_luce"}, {"label_smoothing": 0.2, "margin_coef": 0.5}], ids=["order", "pairs"]
+)
+def test_cutting_a_batch_changes_no_weight_whatever_the_loss(
+    llama: Path, section: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    found = {}
+    for size in (1, 2, 4):
+        config = section("reward", learning_rate=1e-3, epochs=3, micro_batch_size=size, **changes)
+        roles = reward_model(llama, config)
+        train(roles, GRADED, config)
+        found[size] = weights(roles)
+    for size in (1, 2):
+        for ours, theirs in zip(found[size], found[4], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)  # float32, as above
+
+
+def test_grades_change_no_weight_while_their_coefficient_is_0(llama: Path, section: Callable[..., Any]) -> None:
+    config = section("reward")
+    plain, graded = reward_model(llama, config), reward_model(llama, config)
+    train(plain, MIXED, config)
+    train(graded, GRADED, config)
+    assert all(torch.equal(one, other) for one, other in zip(weights(plain), weights(graded), strict=True))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
