@@ -7,11 +7,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume lint format ui prefect-ui repro golden mutants lock clean preflight
+.PHONY: help run tiny test test-resume lint format ui prefect-ui repro known-answers golden mutants lock clean preflight
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → evaluate
 	@$(BIN)/rlhf run
@@ -43,6 +43,9 @@ prefect-ui: $(VENV)/.installed ## Prefect's pages: flow runs, logs, schedules
 
 repro: $(VENV)/.installed ## the same pipeline through DVC alone
 	$(BIN)/dvc repro
+
+known-answers: $(VENV)/.installed ## PPO on two tasks whose answer is known, four seeds each; about five minutes
+	@$(BIN)/python scripts/known_answers.py
 
 golden: $(VENV)/.installed ## rewrite the golden numbers; review them as a diff
 	$(BIN)/python scripts/golden.py
