@@ -46,7 +46,7 @@ QUIET = NullTracker()
 # fmt: off
 SHARED = {
     "method": "full", "lora_rank": 1, "lora_alpha": 1, "lora_layers": 0,  # the last three have no effect
-    "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "weight_decay": 0.0, "max_grad_norm": 1.0, "gradient_checkpointing": False,
 }
 SFT_SETTINGS = {
     **SHARED, "epochs": 6, "batch_size": 16, "micro_batch_size": 16,
@@ -55,8 +55,9 @@ SFT_SETTINGS = {
 PPO_SETTINGS = {
     **SHARED, "temperature": 1.0, "epochs": 4, "value_learning_rate": 1e-3, "schedule": "linear",
     "warmup_updates": 0, "value_warmup_updates": 2, "early_stop_kl": 0.1, "clip_range": 0.2, "value_clip_range": 0.2,
-    "kl_controller": "fixed", "kl_target": 6.0, "kl_horizon": 2000, "gamma": 1.0, "lam": 0.95,
-    "whiten_advantages": True, "whiten_rewards": False, "score_clip": 1.0, "missing_eos_penalty": 0.0,
+    "kl_controller": "fixed", "kl_target": 6.0, "kl_horizon": 2000, "kl_penalty": "reward", "kl_estimator": "k1",
+    "dual_clip": 0.0, "entropy_coef": 0.0, "gamma": 1.0, "lam": 0.95, "whiten_advantages": True,
+    "whiten_rewards": False, "scale_scores": False, "score_clip": 1.0, "missing_eos_penalty": 0.0,
 }
 WALKS_SETTINGS = {
     "updates": 80, "rollouts": 200, "samples_per_prompt": 10, "response_tokens": LONGEST - 1,
