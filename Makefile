@@ -3,11 +3,12 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3 python 2>/dev/null))
 VENV := .venv
 BIN := $(VENV)/bin
+WITH_TRL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[parity]'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume lint format ui prefect-ui repro known-answers golden mutants lock clean preflight
+.PHONY: help run tiny test test-resume lint format ui prefect-ui repro known-answers golden mutants lock clean preflight parity
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -52,6 +53,10 @@ golden: $(VENV)/.installed ## rewrite the golden numbers; review them as a diff
 
 mutants: $(VENV)/.installed ## flip each line of the maths once; every mutant must be caught
 	$(BIN)/python scripts/mutants.py
+
+parity: $(VENV)/.installed ## hold the maths against TRL's, element by element
+	@$(WITH_TRL)
+	@$(BIN)/python scripts/parity_maths.py
 
 lock: preflight ## pin the newest packages that fit, tried in a fresh environment
 	$(PYTHON) scripts/lock.py
