@@ -8,11 +8,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume lint format ui prefect-ui repro known-answers golden mutants lock clean preflight parity
+.PHONY: help run tiny test test-resume lint format ui prefect-ui repro known-answers golden mutants parity parity-training lock clean preflight
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → evaluate
 	@$(BIN)/rlhf run
@@ -57,6 +57,11 @@ mutants: $(VENV)/.installed ## flip each line of the maths once; every mutant mu
 parity: $(VENV)/.installed ## hold the maths against TRL's, element by element
 	@$(WITH_TRL)
 	@$(BIN)/python scripts/parity_maths.py
+
+parity-training: $(VENV)/.installed ## SFT and reward model beside TRL's, in hours: PAIRS=FILE OPTIONS=...
+	@test -n "$(PAIRS)" || { echo "Found no PAIRS, expected a file: make parity-training PAIRS=pairs.jsonl.gz" >&2; exit 1; }
+	@$(WITH_TRL)
+	@$(BIN)/python scripts/parity_training.py $(PAIRS) $(OPTIONS)
 
 lock: preflight ## pin the newest packages that fit, tried in a fresh environment
 	$(PYTHON) scripts/lock.py
