@@ -69,7 +69,7 @@ def fixed_responses(stop_id: int, pad_id: int, vocabulary: int) -> Tensor:
 def make_models(folder: Path) -> Models:
     """A sharpened tiny model as our roles and as TRL's policy, reward and value model; and another as reference."""
     make_tiny(folder, ["Why is the sky blue? Air scatters blue light more than red.", "Name a fruit. A banana."])
-    section = Reward.model_construct(lora_rank=2, lora_alpha=4, lora_layers=1)
+    section = Reward.model_construct(lora_rank=2, lora_alpha=4, lora_layers=1, gradient_checkpointing=False)
     plain = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for parameter in plain.parameters():
