@@ -48,6 +48,7 @@ class Judged(NamedTuple):
     margins: np.ndarray  # (N,) raw score of the preferred response minus that of the other
     length_differences: np.ndarray  # (N,) tokens, preferred minus other
     rankings: int
+    which: tuple[tuple[int, int, int], ...] = ()  # of each pair: ranking, preferred response, other one
 
 
 def encode_rankings(
@@ -122,19 +123,49 @@ def judge_rankings(
     for start in range(0, len(own), size):
         scores_BK, _, _ = score_rankings(roles, role, own[start : start + size], pad_id, cache)
         scores += scores_BK.tolist()
-    margins, differences = [], []
-    for ranking, of_ranking in zip(rankings, processes.gather(scores), strict=True):
+    margins, differences, which = [], [], []
+    for row, (ranking, of_ranking) in enumerate(zip(rankings, processes.gather(scores), strict=True)):
         for i, rank_i in enumerate(ranking.ranks):
             for j, rank_j in enumerate(ranking.ranks):
                 if rank_i < rank_j:
                     margins.append(of_ranking[i] - of_ranking[j])
                     differences.append(ranking.lengths[i] - ranking.lengths[j])
-    return Judged(np.array(margins), np.array(differences), len(rankings))
+                    which.append((row, i, j))
+    return Judged(np.array(margins), np.array(differences), len(rankings), tuple(which))
 
 
 def accuracy(judged: Judged) -> float:
     """Share of pairs whose preferred response scores higher; equal scores count half."""
     return float(((judged.margins > 0) + 0.5 * (judged.margins == 0)).mean())
+
+
+def accuracy_by_kind(judged: Judged, rankings: Sequence[Ranking]) -> dict[str, dict[str, float]]:
+    """Accuracy and number of pairs for each kind of prompt, "none" where it has none, of the rankings judged."""
+    kinds = np.array([rankings[row].category or "none" for row, _, _ in judged.which])
+    return {
+        str(kind): {"accuracy": accuracy(judged._replace(margins=judged.margins[kinds == kind])),
+                    "pairs": int((kinds == kind).sum())}
+        for kind in np.unique(kinds)
+    }  # fmt: skip
+
+
+def mistakes(judged: Judged, rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
+    """The pairs of the rankings judged whose other response scores higher, the worst first."""
+    rows = []
+    for place in np.argsort(judged.margins, kind="stable"):
+        if judged.margins[place] < 0:
+            row, preferred, other = judged.which[place]
+            record = rankings[row]
+            rows.append(
+                {
+                    "prompt": "\n\n".join(content for _, content in record.prompt),
+                    "kind": record.category,
+                    "preferred": record.responses[preferred],
+                    "scored_higher": record.responses[other],
+                    "by": round(-float(judged.margins[place]), 4),
+                }
+            )
+    return rows
 
 
 def train_reward(

@@ -10,19 +10,23 @@ import torch
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.models import Normaliser, Roles, TrunkCache, load_tokenizer
 from rlhf_core.reward import (
+    accuracy_by_kind,
     encode_rankings,
     judge_rankings,
     measure,
+    mistakes,
     normalise_on_samples,
     temperature_of,
     train_reward,
 )
-from tasks.files import write_csv
+from tasks.files import write_csv, write_jsonl
 from tasks.prepare import BASE, PREPARED
 from tasks.sft import MODEL as SFT_MODEL
 from tasks.stage import stage_run
 
 FOLDERS = {"reward": "artifacts/reward/model", "gold": "artifacts/reward/gold"}
+MISTAKES = Path("artifacts/reward/mistakes.jsonl")
+SHOWN_MISTAKES = 50  # in MLflow's table
 SPLIT_OF = {"reward": "train", "gold": "gold"}
 PREFIX = {"reward": "reward", "gold": "reward/gold"}
 
@@ -32,14 +36,17 @@ def main() -> None:
         config, prepare = run.params.reward, run.params.prepare
         tokenizer = load_tokenizer(BASE)
         pad_id = int(tokenizer.pad_token_id)
+        records = {
+            split: load_prepared(PREPARED, "rankings", [split]) for split in ("train", "validation", "gold", "test")
+        }
         rankings = {
             split: encode_rankings(
-                load_prepared(PREPARED, "rankings", [split]),
+                of_split,
                 tokenizer,
                 system=prepare.system,
                 max_response_tokens=prepare.max_response_tokens,
             )
-            for split in ("train", "validation", "gold", "test")
+            for split, of_split in records.items()
         }
         run.log_dataset("prepared", PREPARED, **{f"rankings_{split}": len(rows) for split, rows in rankings.items()})
         torch.manual_seed(config.seed)
@@ -57,6 +64,9 @@ def main() -> None:
                 for split in ("validation", "test")
             }
             qualities[role] = measure(judged["test"], temperature_of(judged["validation"]))
+            if role == "reward":
+                by_kind = accuracy_by_kind(judged["test"], records["test"])
+                wrong = mistakes(judged["test"], records["test"])
             final[role] = {**qualities[role].metrics, **trained}
         prompts = load_prepared(PREPARED, "prompts", ["train", "validation"])
         statistics = normalise_on_samples(
@@ -78,8 +88,11 @@ def main() -> None:
             f"{part.low:+.0f}_to_{part.high:+.0f}": {"accuracy": part.accuracy, "pairs": part.pairs}
             for part in qualities["reward"].by_length
         }
+        metrics["accuracy_by_kind"] = by_kind
         run.finish_metrics(metrics)
+        run.table("reward/mistakes", wrong[:SHOWN_MISTAKES], step=0)
         if run.main:
+            write_jsonl(MISTAKES, wrong)
             write_csv(Path("plots/calibration.csv"), _calibration(qualities))
         for role, folder in FOLDERS.items():
             run.register_model(role, folder, final[role])

@@ -116,6 +116,8 @@ def logged_finals() -> set[str]:
     assert gold == ["gold"]
     names |= below(PREFIX.values(), [*trained, *quality, *statistics])
     names |= below(["reward/accuracy_by_length/<bin>"], part)
+    (by_kind,) = words("rlhf_core/reward.py", "accuracy_by_kind")
+    names |= below(["reward/accuracy_by_kind/<kind>"], by_kind)
 
     *_, ends = words("rlhf_core/ppo.py", "train_ppo")
     names |= below(["ppo"], ends)

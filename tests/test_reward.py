@@ -20,12 +20,14 @@ from rlhf_core.reward import (
     EncodedRanking,
     Judged,
     accuracy,
+    accuracy_by_kind,
     centering,
     encode_rankings,
     grades_of,
     judge_rankings,
     margins_of,
     measure,
+    mistakes,
     normalise_on_samples,
     score_rankings,
     score_samples,
@@ -322,6 +324,9 @@ def test_judging_gives_the_margin_of_every_pair_that_is_no_tie(llama: Path, sect
     lengths = [one.lengths for one in MIXED]
     assert sorted(judged.length_differences) == sorted(lengths[b][i] - lengths[b][j] for b, i, j in pairs)
     assert judged.rankings == 4
+    assert sorted(judged.which) == sorted(pairs)
+    for margin, (b, i, j) in zip(judged.margins, judged.which, strict=True):
+        assert margin == pytest.approx((s[b, i] - s[b, j]).item(), abs=1e-5)
 
 
 def test_accuracy_and_loss_by_hand() -> None:
@@ -357,6 +362,27 @@ def test_measure_by_hand() -> None:
     assert [(part.low, part.accuracy) for part in found.calibration] == [(0.5, 0.5), (0.7, 0.0), (0.8, 1.0), (0.9, 1.0)]
     assert [part.accuracy for part in found.calibration_scaled] == [0.5, 0.0, 1.0, 1.0]
     assert sum(part.pairs for part in found.by_length) == 4
+
+
+def test_where_it_is_wrong_by_hand() -> None:
+    def record(question: str, kind: str, *answers: str) -> Ranking:
+        return Ranking((("system", "Be kind."), ("user", question)), answers, (1, 2, 3)[: len(answers)], category=kind)
+
+    records = [
+        record("a?", "how-to", "a1", "a2"),
+        record("b?", "", "b1", "b2", "b3"),
+        record("c?", "how-to", "c1", "c2"),
+    ]
+    which = ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 1, 2), (2, 0, 1))
+    judged = Judged(np.array([0.5, -2.0, 0.0, 1.0, -3.0]), np.zeros(5), 3, which)
+    assert accuracy_by_kind(judged, records) == {
+        "how-to": {"accuracy": 0.5, "pairs": 2},
+        "none": {"accuracy": 0.5, "pairs": 3},  # one wrong, one equal, one right
+    }
+    assert mistakes(judged, records) == [
+        {"prompt": "Be kind.\n\nc?", "kind": "how-to", "preferred": "c1", "scored_higher": "c2", "by": 3.0},
+        {"prompt": "Be kind.\n\nb?", "kind": "", "preferred": "b1", "scored_higher": "b2", "by": 2.0},
+    ]
 
 
 def test_the_temperature_scales_with_the_margins() -> None:

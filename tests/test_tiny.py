@@ -62,6 +62,10 @@ def test_every_stage_leaves_what_dvc_yaml_names(workspace: Path) -> None:
     }
     for folder, names in expected.items():
         assert {path.name for path in (workspace / folder).iterdir()} - {".gitignore"} == names, folder
+    mistakes = (workspace / "artifacts/reward/mistakes.jsonl").read_text().splitlines()
+    found = json.loads((workspace / "metrics/reward.json").read_text())
+    assert len(mistakes) == pytest.approx((1 - found["accuracy"]) * found["pairs"], abs=1)  # equal scores are none
+    assert sum(kind["pairs"] for kind in found["accuracy_by_kind"].values()) == found["pairs"]
     kinds = ("demonstrations", "rankings", "prompts")
     splits = ("train", "validation", "test", "gold")
     prepared = {path.name for path in (workspace / "data/prepared").iterdir()}
