@@ -88,8 +88,10 @@ class Checkpoints:
 
     def restore(self, state: LoopState) -> dict[str, Any] | None:
         """Bring the state to the newest checkpoint that can be read, and return its values; None if there is none."""
+        processes.wait()  # what the first process has to clear away is cleared
         values = self._restore(state)
-        processes.wait()  # none is removed before all have read it
+        found = set(processes.gather([None if values is None else json.dumps(values)]))
+        assert len(found) == 1, "the processes went on from different checkpoints"
         return values
 
     def _restore(self, state: LoopState) -> dict[str, Any] | None:

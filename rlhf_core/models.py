@@ -10,7 +10,7 @@ Models stay in eval mode for good: dropout in rollouts or updates alone would mo
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -403,16 +403,17 @@ class Roles(nn.Module):
             yield
             return
 
-        def recomputed(layer: Callable[..., Any], *inputs: Any) -> Any:
+        def recomputed(forward: Any, *inputs: Any) -> Any:
             def again(*inputs: Any) -> Any:
                 self._activate(role)  # by the time of the backward pass another role may be on
-                return layer(*inputs)
+                forward.args[0].training = False  # the layer itself, which may have dropout of its own
+                return forward(*inputs)
 
             return checkpoint(again, *inputs, use_reentrant=False)
 
         layers: list[Any] = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers:
-            # transformers asks for a layer in training. The flag of the layer alone turns no dropout on.
+            # transformers asks whether the layer is in training before it hands over to the function below.
             layer.gradient_checkpointing = layer.training = True
             layer._gradient_checkpointing_func = recomputed
         try:

@@ -91,7 +91,7 @@ def require_finite(
         if not worst < limit:  # NaN is not, either
             raise TrainingDiverged(
                 f"{name} of {where} is {worst:g}, expected a finite number below {limit:g}. "
-                f"Lower its learning rate in params.yaml, e.g. by half.",
+                "A learning rate that is too high is the usual cause: halve it in params.yaml.",
                 {**batch, **{key: found for key, found in quantities.items() if isinstance(found, Tensor)}},
             )
 

@@ -5,6 +5,7 @@ episode, a token is an action, the reward model's score comes with the last toke
 SFT policy. The loop below is the whole algorithm; read it from top to bottom.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO
+from rlhf_core.errors import ConfigError
 from rlhf_core.functional import (
     AdaptiveKL,
     FixedKL,
@@ -77,7 +79,9 @@ def train_ppo(
 
     Args:
         prompts: token ids of each prompt that may be sampled from.
-        score: what responses are worth, in place of role "reward"; the value model predicts it, so around ±1 is best.
+        score: what responses are worth, in place of role "reward", which then need not be there. The value model
+            predicts it, so around ±1 is best. Each of several processes asks for all responses and must get the same
+            numbers.
         checkpoints: where a loop that was stopped goes on from.
 
     Returns:
@@ -85,7 +89,10 @@ def train_ppo(
 
     Raises:
         TrainingDiverged: a quantity that was measured, a loss or a gradient is not finite.
+        ConfigError: there are more processes than rollouts.
     """
+    if config.rollouts < processes.count():
+        raise ConfigError(f"rollouts {config.rollouts} leave nothing to do for some of {processes.count()} processes.")
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     policy_parameters, value_parameters = roles.trainable(POLICY), roles.trainable(VALUE)
@@ -247,11 +254,11 @@ def measure_rollouts(
             "A log-probability": logprobs_BT,
             "A log-probability under the reference": ref_logprobs_BT,
             "A value": values_BT,
-            "A score": scores_B,
         },
         where="ppo",
-        batch=packed._asdict(),
+        batch=(whole := pack(sampled.prompts, responses, 0)._asdict()),
     )
+    require_finite({"A score": scores_B}, where="ppo", batch=whole, limit=math.inf)  # its scale is its own
     if config.scale_scores:
         assert moments is not None, "a running scale needs the moments so far"
         moments.update(scores_B)
@@ -323,7 +330,9 @@ def losses(
             found["ppo/kl_loss"] = kl_BT.sum().item() / token_count
         if entropy_BT is not None:
             loss = loss - config.entropy_coef * entropy_BT.sum() / token_count
-        require_finite({"A log-probability": logprobs_BT, "The loss": loss}, where="ppo's policy", batch=part.tensors())
+        require_finite({"A log-probability": logprobs_BT}, where="ppo's policy", batch=part.tensors())
+        # A loss may be large where the policy has moved too far; early_stop_kl is for that.
+        require_finite({"The loss": loss}, where="ppo's policy", batch=part.tensors(), limit=math.inf)
         loss.backward()
         found |= {
             "ppo/policy_loss": policy.loss.item(),

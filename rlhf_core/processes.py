@@ -2,7 +2,7 @@
 
 Whatever is drawn at random is drawn alike in all of them, and sums weigh each row as one process would, so results
 hang on the number of processes by rounding only. `torchrun` (CPU) or `accelerate launch` (GPUs) starts them, and
-accelerate connects them. With one process, everything here does nothing.
+accelerate connects them. One process has all rows, and waits for nobody.
 """
 
 from collections.abc import Mapping, Sequence

@@ -307,6 +307,8 @@ def _stage_error(stage: str, exit_code: int, lines: list[str]) -> StageFailed:
     text = "\n".join(lines)
     if ended := re.search(r"failed to run: .*, exited with (-?\d+)", text):
         exit_code = int(ended.group(1))
+    if first := re.search(r"Root Cause.*?exitcode +: (-?\d+)", text, re.DOTALL):  # of torchrun's processes
+        exit_code = int(first.group(1))
     start = next((i + 1 for i, line in enumerate(lines) if line.startswith("> ")), None)
     if start is None:  # DVC never came to run it
         words = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-3:]
@@ -325,7 +327,8 @@ def _stage_error(stage: str, exit_code: int, lines: list[str]) -> StageFailed:
         hint = ". Memory may have run out: halve its micro_batch_size" if name == "SIGKILL" else ""
         message = f"it was ended by signal {name}{hint}"
     else:
-        message = "\n".join(said[-1:]) or f"exit code {exit_code}, without a word"
+        of_ranks = [words.group(1) for line in said if (words := re.match(r"\[rank\d+\]: (\S.*)", line))]
+        message = "\n".join((of_ranks or said)[-1:]) or f"exit code {exit_code}, without a word"
     return StageFailed(stage, exit_code, message)
 
 

@@ -8,6 +8,7 @@ What a stage computes is in rlhf_core; how DVC calls it is in dvc.yaml.
 """
 
 import csv
+import ctypes
 import errno
 import io
 import json
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 ENDED = "ended"  # in a folder of checkpoints: the journal of the run that ended well
 KEPT_CONFIGURATIONS = 2  # of a stage, whose checkpoints wait beside the present one's
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MIN_FREE_GB = 3.0  # a run's weights and caches; RLHF_MIN_FREE_GB overrides
 _TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
 
@@ -201,6 +203,7 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
 
 
 def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageRun]:
+    _die_with_the_launcher()
     params = load_params()
     check_disk()
     for dep in deps:
@@ -233,10 +236,23 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     finally:
         if isinstance(sink, MLflowTracker):
             sink.close(status, patience=None if status != "KILLED" else 3.0)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if status == "FINISHED" and _many_processes():  # after an error others may still wait: the launcher ends them
             from rlhf_core import processes
 
             processes.close()
+
+
+def _many_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _die_with_the_launcher() -> None:
+    """torchrun gives each process a session of its own, so no signal to the stage's group would reach this one."""
+    if _many_processes() and sys.platform == "linux":
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it went in between
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _finish(run: StageRun) -> None:
@@ -343,8 +359,9 @@ def _clear_checkpoints(stage: str, run_key: str, workspace: Workspace) -> None:
             shutil.rmtree(file.parent, ignore_errors=True)
     own = _checkpoints(stage, run_key)
     others = [other for other in own.parent.glob("*") if other != own]
-    for other in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_CONFIGURATIONS]:
-        shutil.rmtree(other, ignore_errors=True)
+    with suppress(FileNotFoundError):  # a stage of another workspace clears them too
+        for other in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_CONFIGURATIONS]:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def forget_checkpoints() -> None:
@@ -414,11 +431,18 @@ def _keeping_what_diverged(stage: str) -> Iterator[None]:
     try:
         yield
     except TrainingDiverged as error:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        path = state_folder() / "diverged" / f"{stage}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in error.batch.items()}, path)
+        rank = f"-{os.environ['RANK']}" if _many_processes() else ""
+        path = state_folder() / "diverged" / f"{stage}{rank}.safetensors"
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            partial.write_bytes(save({name: tensor.detach().contiguous() for name, tensor in error.batch.items()}))
+            os.replace(partial, path)
+        except OSError:  # a full disk must not hide what happened
+            partial.unlink(missing_ok=True)
+            raise error from None
         kept = path.relative_to(project_root())
         raise TrainingDiverged(f"{error} The batch it came from is in {kept}.", error.batch) from error
 
@@ -441,13 +465,16 @@ def _signals() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """The same bytes from the same machine: deterministic algorithms, and at most a thread a core that is ours."""
+    """The same bytes from the same machine: deterministic algorithms, and the threads of the cores that are ours."""
     import torch
 
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    if hasattr(os, "sched_getaffinity"):  # in a container, torch counts the host's cores
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if _many_processes():  # torchrun sets one thread for each, however many cores there are
+        torch.set_num_threads(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+    else:  # in a container, torch counts the host's cores
+        torch.set_num_threads(min(torch.get_num_threads(), cores))
 
 
 # Files

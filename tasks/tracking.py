@@ -363,7 +363,7 @@ class Replay:
 
     def _on_replaces(self, event: dict[str, Any]) -> None:
         """A run whose outputs were lost before DVC had them is no finished one, whatever its own journal says."""
-        _send_leftover(self.path.with_name(f"{event['id']}.jsonl"), uri=self.uri)
+        _send_leftover(self.path.with_name(f"{event['id']}.jsonl"), only_uri=self.uri)
         assert self.client is not None
         lost = _find_run(self.client, self._experiment, rlhf__outbox_id=event["id"])
         if lost is not None:

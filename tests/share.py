@@ -17,7 +17,7 @@ from rlhf_core.reward import EncodedRanking, judge_rankings, normalise_on_sample
 from rlhf_core.sft import Example, train_sft
 from rlhf_core.tracking import MemoryTracker
 
-MEMBERS = 19  # no multiple of 2, nor of 4
+MEMBERS, TRAINED = 22, 19  # batches of 16 and of 3, which two processes share unevenly
 
 
 def rows(count: int, *, seed: int) -> list[list[int]]:
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     roles = Roles(base, config)
     roles.add("policy", method=config.method)
     examples = [Example(prompt, answer) for prompt, answer in zip(prompts, rows(MEMBERS, seed=2), strict=True)]
-    final = train_sft(roles, examples[:16], examples[16:], config, pad_id=0, tracker=tracker)
+    final = train_sft(roles, examples[:TRAINED], examples[TRAINED:], config, pad_id=0, tracker=tracker)
     keep("sft", roles, ["policy"], final, tracker)
 
     tracker, section = MemoryTracker(), Reward.model_validate(plan["reward"])
@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
         EncodedRanking([prompt + answer for answer in three], (1, 2, 2 + row % 2), [len(answer) for answer in three])
         for row, (prompt, three) in enumerate(zip(prompts, answers, strict=True))
     ]
-    final = train_reward(roles, REWARD, rankings[:16], rankings[16:], section, pad_id=0, tracker=tracker)
+    final = train_reward(roles, REWARD, rankings[:TRAINED], rankings[TRAINED:], section, pad_id=0, tracker=tracker)
     tokenizer = load_tokenizer(base)
     statistics = normalise_on_samples(roles, [REWARD], prompts, count=7, max_tokens=5, tokenizer=tokenizer, seed=0)[
         REWARD

@@ -202,6 +202,7 @@ def run_loop(
         config = section(
             "ppo", updates=5, epochs=2, minibatch_size=4, micro_batch_size=2, samples_per_prompt=2, warmup_updates=1,
             value_warmup_updates=1, kl_controller="adaptive", kl_coef=0.1, schedule="linear", early_stop_kl=10.0,
+            scale_scores=True,
         )  # fmt: skip
         torch.manual_seed(4)
         roles = Roles(llama, config)

@@ -9,7 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf_core import models
 from rlhf_core.errors import MissingArtifact
@@ -554,14 +561,30 @@ def backward(roles: Roles, role: str) -> tuple[list[Tensor], int]:
     return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None], kept
 
 
+@pytest.fixture(scope="session")
+def opt(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model whose layers look at whether they are in training by themselves, to drop out."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("opt")
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, dropout=0.3, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("lora_layers", [0, 1])
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(
-    llama: Path, gpt2: Path, section: Callable[..., Any], method: str
+    llama: Path, gpt2: Path, opt: Path, section: Callable[..., Any], method: str, lora_layers: int
 ) -> None:
-    for folder in (llama, gpt2):
+    for folder in (llama, gpt2, opt):
         found = {}
         for on in (False, True):
-            roles = Roles(folder, section("ppo", gradient_checkpointing=on, lora_layers=0))
+            roles = Roles(folder, section("ppo", gradient_checkpointing=on, lora_layers=lora_layers))
             torch.manual_seed(0)
             roles.add("policy", method=method)
             if method == "lora":
@@ -573,4 +596,4 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(
         assert len(found[True][0]) == len(found[False][0]) > 0
         for ours, theirs in zip(found[True][0], found[False][0], strict=True):
             assert torch.equal(ours, theirs)
-        assert found[True][1] < 0.6 * found[False][1]
+        assert found[True][1] < 0.8 * found[False][1]

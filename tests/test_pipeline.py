@@ -65,6 +65,25 @@ def test_what_a_launcher_says_after_a_failed_process_is_left_out(toy: Path) -> N
     assert caught.value.message == said
 
 
+def test_what_a_launcher_says_of_a_process_that_crashed_is_read() -> None:
+    said = [
+        "Running stage 'ppo':",
+        "> torchrun --nproc_per_node 2 -m tasks.ppo",
+        "[rank0]: RuntimeError: Connection closed by peer",
+        "E1124 13:48:28 failed (exitcode: -9) local_rank: 1",
+        "Root Cause (first observed failure):",
+        "[0]:",
+        "  exitcode  : -9 (pid: 26447)",
+        "============",
+        "ERROR: failed to reproduce 'ppo': failed to run: torchrun, exited with 1",
+    ]
+    failed = pipeline._stage_error("ppo", 1, said)
+    assert (failed.exit_code, failed.crashed) == (-9, True)
+    assert "SIGKILL. Memory may have run out" in failed.message
+    failed = pipeline._stage_error("ppo", 1, [line.replace("-9", "1") for line in said])
+    assert (failed.exit_code, failed.message) == (1, "RuntimeError: Connection closed by peer")
+
+
 def test_a_killed_stage_is_a_crash_and_names_the_signal(toy: Path) -> None:
     (toy / "behaviour/prepare").write_text("crash")
     with pytest.raises(StageFailed, match=r"ended by signal SIGKILL. Memory may have run out") as caught:

@@ -64,8 +64,10 @@ def test_accumulation_and_processes_change_nothing(
         sections = {
             "sft": section("sft", **supervised),
             "reward": section("reward", **supervised, center_coef=0.01),
-            "ppo": section("ppo", **common, updates=2, rollouts=16, minibatch_size=16, epochs=2, kl_coef=0.1,
-                           value_learning_rate=rate, whiten_advantages=True, missing_eos_penalty=1.0),
+            "ppo": section(
+                "ppo", **{**common, "micro_batch_size": size // 4}, updates=2, rollouts=16, minibatch_size=4, epochs=2,
+                kl_coef=0.1, value_learning_rate=rate, missing_eos_penalty=1.0,
+            ),
         }  # fmt: skip
         return {"base": str(llama), **{name: found.model_dump(mode="json") for name, found in sections.items()}}
 

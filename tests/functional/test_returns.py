@@ -268,6 +268,8 @@ def test_running_moments_divide_by_1_while_nothing_varies() -> None:
     assert moments.std == 1.0
     moments.update(torch.tensor([0.25, 0.25]))
     assert (moments.mean, moments.std) == (0.25, 1.0)
+    moments.update(torch.tensor([0.75, 0.75]))  # M = 0.25
+    assert (moments.mean, moments.std) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf])
