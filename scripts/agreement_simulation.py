@@ -1,0 +1,180 @@
+"""Prints the figures of docs/agreement.md: `python scripts/agreement_simulation.py`, seconds on one core.
+
+Judgings are made up with a known truth, so that it can be counted how often the intervals and the sequential test of
+rlhf_core/agreement.py are right. Nothing is read or trained, and the seed is fixed.
+"""
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_core.agreement import BETS, STAKES, judged_so_far, krippendorff_alpha, log_e_values, wilson
+
+Array = NDArray[np.float64]
+RUNS = 2000
+JUDGEMENTS = 300
+LEVEL = 0.95
+LOOKS = (100, 200, 300, 500, 1000)
+
+
+def wins(rng: np.random.Generator, rate: float, judgements: int, ties: float = 0.0) -> Array:
+    """(RUNS, judgements) independent outcomes: a share of ties, and the rest won so often that the mean is `rate`."""
+    won = (rng.random((RUNS, judgements)) < 0.5 + (rate - 0.5) / (1 - ties)).astype(np.float64)
+    return np.where(rng.random(won.shape) < ties, 0.5, won)
+
+
+def of_prompts(rng: np.random.Generator, judgements: int, each: int) -> Array:
+    """(RUNS, judgements) outcomes of prompts that differ: half are won 9 times of 10, the others lost as often."""
+    prompts = judgements // each
+    rates = np.where(rng.random((RUNS, prompts)) < 0.5, 0.1, 0.9)
+    return (rng.random((RUNS, prompts, each)) < rates[:, :, None]).astype(np.float64).reshape(RUNS, judgements)
+
+
+def alarms(outcomes: Array) -> float:
+    """Share of runs in which the sequential test says that ½ is wrong after any of the judgements."""
+    return float((log_e_values(outcomes) >= np.log(1 / (1 - LEVEL))).any(axis=1).mean())
+
+
+def peeking(outcomes: Array) -> float:
+    """The same for Wilson's interval, looked at after each judgement from the 20th on as if it were the only look."""
+    judged = np.arange(1, outcomes.shape[1] + 1)
+    won = np.cumsum(outcomes, axis=1)
+    z = 1.959964
+    reach = z * np.sqrt(won * (judged - won) / judged + z * z / 4)
+    outside = np.abs(won + z * z / 2 - 0.5 * (judged + z * z)) > reach
+    return float(outside[:, 19:].any(axis=1).mean())
+
+
+def false_alarms() -> list[tuple[str, float, float]]:
+    """(what was judged, share of false alarms here, and with Wilson at each look) where the true rate is ½."""
+    rng = np.random.default_rng(0)
+    even, tied = wins(rng, 0.5, JUDGEMENTS), wins(rng, 0.5, JUDGEMENTS, ties=0.3)
+    prompts = of_prompts(rng, JUDGEMENTS, 3)
+    means = prompts.reshape(RUNS, JUDGEMENTS // 3, 3).mean(axis=2)
+    return [
+        ("300 prompts, judged once", alarms(even), peeking(even)),
+        ("the same with 30 % ties", alarms(tied), peeking(tied)),
+        ("100 prompts, 3 judgements each, averaged", alarms(means), peeking(means)),
+        ("the same, not averaged: WRONG", alarms(prompts), peeking(prompts)),
+    ]
+
+
+@cache
+def over(judged: int) -> NDArray[np.bool_]:
+    """For each number of wins among so many judgements without ties: does the evidence against ½ reach 20?"""
+    won = np.arange(judged + 1)
+    likelihoods = np.outer(np.log(2 * BETS), won) + np.outer(np.log(2 - 2 * BETS), judged - won)
+    return np.asarray(np.logaddexp.reduce(np.log(STAKES)[:, None] + likelihoods) >= np.log(1 / (1 - LEVEL)))
+
+
+def exactly(rate: float, looks: int) -> Array:
+    """(looks,) chance of having said by then that ½ is wrong, without ties; not simulated.
+
+    The chance of each number of wins is carried on from judgement to judgement, for those courses that did not stop.
+    """
+    going = np.ones(1)
+    stopped = np.empty(looks)
+    for judged in range(1, looks + 1):
+        going = (1 - rate) * np.append(going, 0) + rate * np.append(0, going)
+        going = np.where(over(judged), 0, going)
+        stopped[judged - 1] = 1 - going.sum()
+    return stopped
+
+
+def by_then(outcomes: Array) -> Array:
+    """(looks,) share of runs that have said by then that ½ is wrong."""
+    shown = log_e_values(outcomes) >= np.log(1 / (1 - LEVEL))
+    return np.asarray(np.logical_or.accumulate(shown, axis=1).mean(axis=0))
+
+
+def covered(rate: float) -> float:
+    """Share of runs in which the interval held the true rate after every one of the judgements."""
+    outcomes = wins(np.random.default_rng(2), rate, JUDGEMENTS, ties=0.1)
+    return float((log_e_values(outcomes, mean=rate) < np.log(1 / (1 - LEVEL))).all(axis=1).mean())
+
+
+def width(judged: int, share: float = 0.5) -> float:
+    """Width of the sequential interval when that share was won."""
+    won = round(judged * share)
+    found = judged_so_far([1.0] * won + [0.0] * (judged - won)).win_rate
+    return found.high - found.low
+
+
+def wilson_covers() -> float:
+    """Share of 2000 annotators whose side bias lies in its interval: 30 to 200 judgements, true share 0.3 to 0.8."""
+    rng = np.random.default_rng(3)
+    rates, judged = rng.uniform(0.3, 0.8, RUNS), rng.integers(30, 201, RUNS)
+    found = [wilson(int(k), int(n), level=LEVEL) for k, n in zip(rng.binomial(judged, rates), judged, strict=True)]
+    return float(np.mean([part.low <= rate <= part.high for part, rate in zip(found, rates, strict=True)]))
+
+
+def alpha_covers(items: int, runs: int = 400) -> float:
+    """Share of runs in which α's interval holds α of endless items: 3 annotators, each right 8 times of 10, 1 of 5 out.
+
+    With two labels equally frequent D_o = 2·0.8·0.2 = 0.32 and D_e = ½, so α = 0.36.
+    """
+    rng = np.random.default_rng(4)
+    hits = 0
+    for run in range(runs):
+        truth = rng.integers(0, 2, items)
+        ratings = np.where(rng.random((3, items)) < 0.8, truth, 1 - truth).astype(np.float64)
+        ratings[rng.random((3, items)) < 0.2] = np.nan
+        found = krippendorff_alpha(ratings, metric="nominal", samples=300, seed=run, level=LEVEL)
+        hits += found.low <= 0.36 <= found.high
+    return hits / runs
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:6.1f} %"
+
+
+def halves(said: Array) -> list[str]:
+    """The number of judgements by which 50 % and 80 % have said so; a dash where it is more than were made."""
+    return [str(1 + int(np.argmax(said >= share))) if said[-1] >= share else "-" for share in (0.5, 0.8)]
+
+
+def lines_of(title: str, rows: list[str]) -> list[str]:
+    return [title, *(f"  {row}" for row in rows), ""]
+
+
+def report() -> str:
+    """The text of docs/agreement.md's block."""
+    lines = lines_of(
+        f"False alarms among {RUNS} judgings of two equal policies, a look after every judgement: here | Wilson",
+        [f"{name:<42}{percent(here)} | {percent(naive)}" for name, here, naive in false_alarms()],
+    )
+    even = exactly(0.5, 1000)
+    lines += lines_of(
+        "The same without ties, computed and not simulated",
+        [f"{f'by {looks} judgements':<42}{percent(even[looks - 1])}" for looks in (100, 300, 1000)],
+    )
+    rates = [(f"{100 * rate:.0f} %", exactly(rate, 1000)) for rate in (0.55, 0.6, 0.65, 0.7)]
+    rates.append(("60 %, 30 % being ties", by_then(wins(np.random.default_rng(1), 0.6, 1000, ties=0.3))))
+    lines += lines_of(
+        "Said that 50 % is wrong by 100, 200, 300, 500, 1000 judgements at a true rate of | half, 80 % by",
+        [
+            f"{name:<24}{''.join(percent(said[n - 1]) for n in LOOKS)} | {', '.join(halves(said))}"
+            for name, said in rates
+        ],
+    )
+    lines += lines_of(
+        f"Interval held the truth after every one of {JUDGEMENTS} judgements, 10 % of them ties",
+        [f"{f'{100 * rate:.0f} %':<16}{percent(covered(rate))}" for rate in (0.5, 0.6, 0.8)],
+    )
+    lines += lines_of(
+        "Width of the interval after so many judgements, half of them won",
+        [f"{judged:<16}{width(judged):.3f}" for judged in (50, 100, 200, 400, 1000, 2000)],
+    )
+    lines += lines_of(
+        "Other 95 % intervals held the truth",
+        [
+            f"{'side and length bias (Wilson)':<32}{percent(wilson_covers())}",
+            *(f"{f'alpha of {items} items (bootstrap)':<32}{percent(alpha_covers(items))}" for items in (30, 100)),
+        ],
+    )
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(report())
