@@ -276,7 +276,7 @@ def log_e_values(outcomes_RT: ArrayLike, *, mean: float = 0.5) -> Array:
     if not 0 < mean < 1:
         raise ValueError(f"mean is {mean}; expected a share inside (0, 1)")
     on_win, on_loss = BETS / mean, (1 - BETS) / (1 - mean)
-    shares = np.broadcast_to(STAKES, (*outcomes.shape[:-1], len(BETS)))
+    shares = STAKES
     growth = np.empty_like(outcomes)
     for t in range(outcomes.shape[-1]):
         won = outcomes[..., t, None]

@@ -128,7 +128,7 @@ def test_alpha_does_not_depend_on_who_is_who(metric: str) -> None:
 
 def test_each_metric_ignores_what_it_should() -> None:
     ratings = made_up(np.random.default_rng(2))
-    relabelled, stretched, scaled = 7 - (ratings * 3) % 5, ratings**3, 10 - 2 * ratings
+    relabelled, stretched, scaled = 7 - (ratings * 3) % 5, ratings**3, 0.1 - 0.001 * ratings
     assert alpha(relabelled, "nominal") == pytest.approx(alpha(ratings, "nominal"), rel=1e-12)
     assert alpha(stretched, "ordinal") == pytest.approx(alpha(ratings, "ordinal"), rel=1e-12)
     assert alpha(scaled, "interval") == pytest.approx(alpha(ratings, "interval"), rel=1e-12)
@@ -223,6 +223,12 @@ def test_wilson_by_hand() -> None:
     assert wilson(20, 20, level=level) == (1, pytest.approx(20 / 24, rel=1e-9), 1)
 
 
+def test_wilson_never_leaves_the_shares_that_there_are() -> None:
+    for trials in range(1, 200):
+        assert wilson(0, trials).low == 0
+        assert wilson(trials, trials).high <= 1
+
+
 def test_wilsons_ends_are_where_the_score_test_turns() -> None:
     for successes, trials in ((3, 10), (17, 40), (90, 91)):
         for end in wilson(successes, trials)[1:]:
@@ -247,8 +253,9 @@ def test_wilson_of_nothing_knows_nothing_and_refuses_the_impossible() -> None:
     for successes in (-1, 4):
         with pytest.raises(ValueError, match="in 3 trials"):
             wilson(successes, 3)
-    with pytest.raises(ValueError, match="level is 1"):
-        wilson(1, 3, level=1)
+    for level in (0, 1):
+        with pytest.raises(ValueError, match=f"level is {level}"):
+            wilson(1, 3, level=level)
 
 
 def test_biases_by_hand() -> None:
@@ -430,8 +437,9 @@ def test_the_sequential_test_refuses(outcomes: Any, options: dict[str, Any], sai
 
 
 def test_evidence_refuses_a_mean_at_the_end() -> None:
-    with pytest.raises(ValueError, match="mean is 1"):
-        log_e_values([1], mean=1)
+    for mean in (0, 1):
+        with pytest.raises(ValueError, match=f"mean is {mean}"):
+            log_e_values([1], mean=mean)
 
 
 # ---- completed_prompts ---------------------------------------------------------------------------------------------
