@@ -1,0 +1,244 @@
+"""Items in, rankings out: files in the formats of docs/data.md, and the answers that stage evaluate writes."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from rlhf_core.errors import DataError
+from rlhf_core.feedback.judging import LIVE, Kind
+from rlhf_core.feedback.store import Item, Judgement
+
+MOST_RESPONSES = 9  # one digit each
+SHOWN = 10  # bad rows named in the error
+Row = tuple[int, Any]  # line and content
+
+
+class Found(NamedTuple):
+    """An item as a file tells it."""
+
+    kind: Kind
+    prompt: list[tuple[str, str]]
+    responses: list[str]
+    sources: list[str]
+    category: str
+
+    def key(self) -> str:
+        """Hash of the content, whatever order the responses came in."""
+        told = [self.kind, self.prompt, sorted(zip(self.responses, self.sources, strict=True))]
+        return hashlib.sha256(json.dumps(told, ensure_ascii=False).encode()).hexdigest()
+
+
+class Imported(NamedTuple):
+    """What became of a file's rows."""
+
+    added: dict[str, int]
+    known: int
+    identical: int  # comparisons of two equal texts, which nobody can judge
+
+    def __str__(self) -> str:
+        words = [f"{number} to {kind}" for kind, number in self.added.items() if number]
+        text = f"Added {' and '.join(words) or 'nothing'}."
+        text += f" {self.known} were there already." if self.known else ""
+        return text + (f" {self.identical} left out: both answers are the same." if self.identical else "")
+
+
+def read_text(text: str) -> Iterator[Row]:
+    """Number and content of each line of JSON lines, as rlhf_core.data reads a file."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError:
+                yield number, line
+
+
+def find_items(
+    name: str, rows: Sequence[Row], *, kind: Kind | None, policies: tuple[str, str], how: str
+) -> list[Found]:
+    """The items in a file: answers by policy become comparisons, rows with responses become rankings or comparisons.
+
+    Args:
+        name: the file, for messages.
+        kind: None takes what the rows are: answers are compared, rankings are ranked.
+        policies: whose answers are compared.
+        how: which answers: sampled or greedy.
+
+    Raises:
+        DataError: bad rows (the first ten and the count), or nothing to judge.
+    """
+    answers = [row for _, row in rows if isinstance(row, dict) and "policy" in row and "text" in row]
+    if answers and len(answers) == len(rows):
+        items = list(_from_answers(answers, policies, how))
+        if not items:
+            seen = sorted({f"{row['policy']} {row.get('how', '')}".strip() for row in answers})
+            raise DataError(f"{name} has no answers by both {' and '.join(policies)}, {how}; found {', '.join(seen)}.")
+        return items
+    items, bad = [], []
+    for line, row in rows:
+        try:
+            items.append(_from_row(row, kind))
+        except DataError as error:
+            bad.append(f"  {name}, line {line}, {error}")
+    if bad:
+        raise DataError(
+            f"{len(bad)} bad row{'s' * (len(bad) > 1)}, nothing was imported:\n"
+            + "\n".join(bad[:SHOWN]) + ("\n  ..." if len(bad) > SHOWN else "")
+        )  # fmt: skip
+    if not items:
+        raise DataError(f"{name} is empty; expected rows with prompt and responses, or answers by policy.")
+    return items
+
+
+def pair_files(first: tuple[str, Sequence[Row]], second: tuple[str, Sequence[Row]]) -> list[Found]:
+    """Comparisons of two files of `prompt` and `response` (or `text`), by prompt; the files' names are the sources.
+
+    Raises:
+        DataError: a row has no such fields, or no prompt is in both.
+    """
+    (name, rows), (other_name, other_rows) = first, second
+    by_policy = [
+        {"policy": source, "prompt": row.get("prompt"), "text": row.get("response", row.get("text")),
+         "category": row.get("category", "")}
+        for source, part in ((name, rows), (other_name, other_rows))
+        for row in (_mapping(source, line, row) for line, row in part)
+    ]  # fmt: skip
+    items = list(_from_answers(by_policy, (name, other_name), ""))
+    if not items:
+        raise DataError(f"{name} and {other_name} share no prompt; expected rows with prompt and response in both.")
+    return items
+
+
+def add_items(session: Session, items: Sequence[Found], *, overlap: int = 1) -> Imported:
+    """Store what is not there yet."""
+    known = set(session.scalars(select(Item.key)))
+    added = {"rank": 0, "compare": 0}
+    identical = repeated = 0
+    for item in items:
+        if item.kind == "compare" and item.responses[0].strip() == item.responses[1].strip():
+            identical += 1
+        elif (key := item.key()) in known:
+            repeated += 1
+        else:
+            known.add(key)
+            session.add(Item(key=key, overlap=overlap, **item._asdict()))
+            added[item.kind] += 1
+    return Imported(added, repeated, identical)
+
+
+def export_rankings(session: Session) -> Iterator[dict[str, Any]]:
+    """Every judgement that ranks, as a row of rankings that stage prepare reads; withdrawn ones are left out.
+
+    Skipped items and those with no acceptable response rank nothing. Nor does the reader take an empty response.
+    """
+    query = select(Judgement).where(LIVE, Judgement.verdict == "ranked").order_by(Judgement.id)
+    for judgement in session.scalars(query):
+        item = judgement.item
+        if not all(text.strip() for text in item.responses):
+            continue
+        turns = [{"role": role, "content": content} for role, content in item.prompt]
+        single = len(turns) == 1 and turns[0]["role"] == "user"
+        row = {
+            "prompt": turns[0]["content"] if single else turns,
+            "responses": item.responses,
+            "ranks": judgement.ranks,
+            "source": "human",
+            "annotator": judgement.annotator.name,
+            "category": item.category,
+            "origins": item.sources if any(item.sources) else None,
+            "comment": judgement.comment,
+            "seconds": judgement.seconds,
+            "guideline": judgement.guideline,
+            "judged": judgement.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        yield {field: value for field, value in row.items() if value not in (None, "")}
+
+
+def as_lines(rows: Iterator[dict[str, Any]]) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _from_row(row: Any, kind: Kind | None) -> Found:
+    from rlhf_core import data  # it brings transformers, which takes seconds
+
+    fields = dict(row) if isinstance(row, Mapping) else row
+    if isinstance(row, Mapping) and isinstance(row.get("responses"), list):
+        fields.setdefault("ranks", [1] * len(row["responses"]))  # what a ranking says is not asked for here
+    try:
+        ranking = data.parse_ranking(fields)
+    except data._Bad as bad:  # the one reader of the formats names its complaint in private only
+        field, found, expected = bad.args
+        raise DataError(f"{field}: found {found}, expected {expected}") from None
+    number = len(ranking.responses)
+    if number > MOST_RESPONSES or (kind == "compare" and number != 2):
+        expected = "2 to compare" if kind == "compare" else f"{MOST_RESPONSES} at most"
+        raise DataError(f"responses: found {number}, expected {expected}")
+    return Found(kind or "rank", list(ranking.prompt), list(ranking.responses), _sources(fields), ranking.category)
+
+
+def _sources(fields: Mapping[str, Any]) -> list[str]:
+    """Who wrote each response, where a row tells: `origins` as names, or as objects with `model`."""
+    if "responses" not in fields:
+        return ["chosen", "rejected"]
+    origins = fields.get("origins")
+    if not isinstance(origins, list) or len(origins) != len(fields["responses"]):
+        return [""] * len(fields["responses"])
+    return [str(origin.get("model", "") if isinstance(origin, Mapping) else origin) for origin in origins]
+
+
+def _from_answers(answers: Sequence[Mapping[str, Any]], policies: tuple[str, str], how: str) -> Iterator[Found]:
+    """The n-th answer of one policy to a prompt beside the n-th of the other."""
+    texts: dict[tuple[str, str, int], str] = {}
+    prompts: dict[str, tuple[Any, str]] = {}
+    for row in answers:
+        if row.get("how", "") not in ("", how):
+            continue
+        prompt, text = row.get("prompt"), row.get("text")
+        if not isinstance(text, str) or not prompt:
+            raise DataError(
+                f"Found an answer by {row['policy']} with prompt {prompt!r:.60} and text {text!r:.60}, expected both."
+            )
+        name = json.dumps(prompt, ensure_ascii=False)
+        prompts.setdefault(name, (prompt, str(row.get("category") or "")))
+        place = next(number for number in count() if (name, row["policy"], number) not in texts)
+        texts[name, row["policy"], place] = text
+    for name, (prompt, category) in prompts.items():
+        for place in count():
+            pair = [texts.get((name, policy, place)) for policy in policies]
+            if None in pair:
+                break
+            yield Found("compare", _turns(prompt), [text or "" for text in pair], list(policies), category)
+
+
+def _turns(prompt: Any) -> list[tuple[str, str]]:
+    from rlhf_core import data
+
+    try:
+        return list(data.parse_prompt({"prompt": prompt}).prompt)
+    except data._Bad as bad:  # as above
+        field, found, expected = bad.args
+        raise DataError(f"{field}: found {found}, expected {expected}") from None
+
+
+def _mapping(name: str, line: int, row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{name}, line {line}: found {row!r:.60}, expected one JSON object a line")
+    return row
+
+
+def read_file(path: str) -> list[Row]:
+    """The rows of a file in any form that stage prepare reads."""
+    from rlhf_core.data import read_rows
+
+    return list(read_rows(path))
+
+
+def label(path: str) -> str:
+    """A file's name without its endings, as the source of its responses."""
+    return Path(path).name.partition(".")[0]

@@ -1,0 +1,220 @@
+"""Which item a person sees next and in which order, and what becomes of their judgement.
+
+Annotators never learn who wrote a response: nothing here returns an item's sources.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import ColumnElement, Select, Subquery, func, select
+from sqlalchemy.orm import Session
+
+from rlhf_core.feedback.store import Claim, Guideline, Item, Judgement, now
+
+Kind = Literal["rank", "compare"]
+KEPT = timedelta(minutes=30)  # how long an item that was shown to one person is kept from the others
+LIVE = Judgement.withdrawn_at.is_(None)
+COUNTS = LIVE & (Judgement.verdict != "skipped")
+
+
+class Refused(Exception):
+    """A judgement that may not be stored: a status of HTTP, and why."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Submission(BaseModel):
+    """What the page sends. `ranks` stand in the order of the page, 1 is best."""
+
+    model_config = ConfigDict(extra="forbid")
+    client_id: str = Field(min_length=8, max_length=64)
+    item: str = Field(max_length=32)  # its ticket
+    verdict: Literal["ranked", "none", "skipped"]
+    ranks: list[int] | None = Field(None, max_length=9)
+    comment: str = Field("", max_length=4000)
+    seconds: float = Field(ge=0, le=86400)
+
+
+class Shown(NamedTuple):
+    """An item as its annotator sees it."""
+
+    item: str  # its ticket
+    category: str
+    prompt: list[tuple[str, str]]
+    responses: list[str]  # in the order of the page
+    ranks: list[int] | None  # of the judgement that was undone, in the order of the page
+    comment: str
+
+
+class Progress(NamedTuple):
+    """Judgements of a kind: by this person, by all, and how many are wanted."""
+
+    mine: int
+    done: int
+    wanted: int
+
+
+def show_next(session: Session, annotator: int, kind: Kind) -> Shown | None:
+    """The item that a person judges next, kept for them for half an hour; None if nothing is left for them.
+
+    One that was undone comes first, then the one that was shown last, then the rest in an order of this person's own.
+    """
+    undone = session.scalar(
+        select(Judgement)
+        .join(Item)
+        .where(Judgement.annotator_id == annotator, Judgement.withdrawn_at.is_not(None), Item.kind == kind)
+        .where(Item.id.not_in(_judged_by(annotator)))
+        .order_by(Judgement.withdrawn_at.desc(), Judgement.id.desc())
+        .limit(1)
+    )
+    item = undone.item if undone else _choose(session, annotator, kind)
+    if item is None:
+        return None
+    claim = session.get(Claim, (annotator, item.id)) or Claim(annotator_id=annotator, item_id=item.id)
+    claim.shown_at = now()
+    session.add(claim)
+    order = presented_order(annotator, item)
+    return Shown(
+        item=item.ticket,
+        category=item.category,
+        prompt=[(role, content) for role, content in item.prompt],
+        responses=[item.responses[index] for index in order],
+        ranks=[undone.ranks[index] for index in order] if undone and undone.ranks else None,
+        comment=undone.comment if undone else "",
+    )
+
+
+def presented_order(annotator: int, item: Item) -> list[int]:
+    """Indexes of an item's responses as one person sees them: random over people and items, the same at each look."""
+    order = list(range(len(item.responses)))
+    random.Random(_draw(annotator, item.key)).shuffle(order)
+    return order
+
+
+def submit(session: Session, annotator: int, sent: Submission, guideline: str) -> bool:
+    """Store a judgement; False if it was stored before.
+
+    Raises:
+        Refused: it is not this person's to give, there is one already, or it is not whole.
+    """
+    known = session.scalar(select(Judgement).where(Judgement.client_id == sent.client_id))
+    if known is not None:
+        if (known.annotator_id, known.item.ticket) != (annotator, sent.item):
+            raise Refused(409, "This judgement was stored for another item.")
+        return False
+    item = session.scalar(select(Item).where(Item.ticket == sent.item))
+    if item is None or session.get(Claim, (annotator, item.id)) is None:
+        raise Refused(404, "There is no such item of yours.")
+    ranks = _checked_ranks(sent, len(item.responses))
+    if session.scalar(select(Judgement.id).where(_of(annotator, item.id), LIVE)) is not None:
+        raise Refused(409, "You have judged this item already.")
+    order = presented_order(annotator, item)
+    by_item = [rank for _, rank in sorted(zip(order, ranks, strict=True))] if ranks else None
+    session.add(
+        Judgement(
+            client_id=sent.client_id, annotator_id=annotator, item_id=item.id, verdict=sent.verdict, ranks=by_item,
+            presented=order, comment=sent.comment.strip(), seconds=sent.seconds, guideline=guideline,
+        )
+    )  # fmt: skip
+    session.flush()
+    return True
+
+
+def undo(session: Session, annotator: int, judgement: int) -> None:
+    """Withdraw a judgement; the item comes again. The judgement stays in the database.
+
+    Raises:
+        Refused: it is another person's, or there is none.
+    """
+    found = session.get(Judgement, judgement)
+    if found is None or found.annotator_id != annotator:
+        raise Refused(404, "There is no such judgement of yours.")
+    found.withdrawn_at = found.withdrawn_at or now()
+
+
+def last_judgement(session: Session, annotator: int, kind: Kind) -> int | None:
+    """The id of what a person said last, which undo takes back."""
+    query = select(Judgement.id).join(Item).where(Judgement.annotator_id == annotator, LIVE, Item.kind == kind)
+    return session.scalar(query.order_by(Judgement.id.desc()).limit(1))
+
+
+def progress(session: Session, annotator: int | None, kind: Kind) -> Progress:
+    """How far a kind is. What is judged more often than wanted counts as often as wanted."""
+    mine = select(func.count()).select_from(Judgement).join(Item).where(COUNTS, Item.kind == kind)
+    given = _count_by_item(COUNTS)
+    rows = session.execute(
+        select(Item.overlap, func.coalesce(given.c.number, 0))
+        .outerjoin(given, given.c.item_id == Item.id)
+        .where(Item.kind == kind)
+    ).all()
+    return Progress(
+        mine=session.scalar(mine.where(Judgement.annotator_id == annotator)) or 0,
+        done=sum(min(number, overlap) for overlap, number in rows),
+        wanted=sum(overlap for overlap, _ in rows),
+    )
+
+
+def keep_guideline(session: Session, text: str) -> str:
+    """The version of a guideline: its hash. The text is kept, so that it can be read later."""
+    version = hashlib.sha256(text.encode()).hexdigest()[:12]
+    if session.get(Guideline, version) is None:
+        session.add(Guideline(version=version, text=text))
+    return version
+
+
+def _choose(session: Session, annotator: int, kind: Kind) -> Item | None:
+    others = _count_by_item(COUNTS, Judgement.annotator_id != annotator)
+    answered = select(Judgement.id).where(
+        Judgement.annotator_id == Claim.annotator_id, Judgement.item_id == Claim.item_id, LIVE
+    )
+    held = (
+        select(Claim.item_id, func.count().label("number"))
+        .where(Claim.annotator_id != annotator, Claim.shown_at > now() - KEPT, ~answered.exists())
+        .group_by(Claim.item_id)
+        .subquery()
+    )
+    taken = func.coalesce(others.c.number, 0) + func.coalesce(held.c.number, 0)
+    rows = session.execute(
+        select(Item.id, Item.key, Claim.shown_at)
+        .outerjoin(others, others.c.item_id == Item.id)
+        .outerjoin(held, held.c.item_id == Item.id)
+        .outerjoin(Claim, (Claim.item_id == Item.id) & (Claim.annotator_id == annotator))
+        .where(Item.kind == kind, Item.id.not_in(_judged_by(annotator)), taken < Item.overlap)
+    ).all()
+    if not rows:
+        return None
+    chosen = min(rows, key=lambda row: (row.shown_at is None, _draw(annotator, row.key)))
+    return session.get(Item, chosen.id)
+
+
+def _count_by_item(*conditions: ColumnElement[bool]) -> Subquery:
+    query = select(Judgement.item_id, func.count().label("number")).where(*conditions)
+    return query.group_by(Judgement.item_id).subquery()
+
+
+def _judged_by(annotator: int) -> Select[tuple[int]]:
+    return select(Judgement.item_id).where(Judgement.annotator_id == annotator, LIVE)
+
+
+def _of(annotator: int, item: int) -> ColumnElement[bool]:
+    return (Judgement.annotator_id == annotator) & (Judgement.item_id == item)
+
+
+def _draw(annotator: int, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{annotator} {key}".encode()).digest()[:8], "big")
+
+
+def _checked_ranks(sent: Submission, responses: int) -> Sequence[int] | None:
+    if sent.verdict != "ranked":
+        if sent.ranks is not None:
+            raise Refused(422, f"Found ranks with verdict {sent.verdict}, expected none.")
+        return None
+    if not sent.ranks or len(sent.ranks) != responses or not all(1 <= rank <= responses for rank in sent.ranks):
+        raise Refused(422, f"Found ranks {sent.ranks}, expected {responses} whole numbers from 1 to {responses}.")
+    return sent.ranks

@@ -1,0 +1,228 @@
+// Judging by keys and by touch, and the box in which a judgement waits while there is no connection.
+
+const page = document.getElementById("judge");
+const { kind, annotator } = page.dataset;
+const notice = document.getElementById("notice");
+const comment = document.getElementById("comment");
+const guideline = document.getElementById("guideline");
+const cards = [...document.querySelectorAll(".response")];
+const box = `rlhf-feedback-${annotator}`;
+const RETRY = 3000; // milliseconds
+const REFUSED = [404, 409, 413, 422]; // sending these again would change nothing
+let token = document.querySelector("meta[name=csrf]").content;
+let unkept = []; // what waits where the browser stores nothing
+let busy = false;
+
+// ---- sending
+
+function waiting() {
+  try {
+    return JSON.parse(localStorage.getItem(box)) || unkept;
+  } catch {
+    return unkept;
+  }
+}
+
+function keep(entries) {
+  unkept = entries;
+  try {
+    localStorage.setItem(box, JSON.stringify(entries));
+  } catch {
+    // A full or forbidden store: the entry waits as long as this page is open.
+  }
+}
+
+function tell(text, link) {
+  notice.textContent = text;
+  notice.hidden = !text;
+  if (link) {
+    const anchor = document.createElement("a");
+    anchor.href = link;
+    anchor.textContent = "Log in";
+    notice.append(" ", anchor);
+  }
+}
+
+async function post(path, body) {
+  const headers = { "Content-Type": "application/json", "X-CSRF-Token": token, Accept: "application/json" };
+  try {
+    const answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body) });
+    const told = await answer.json().catch(() => ({}));
+    return { status: answer.status, detail: typeof told.detail === "string" ? told.detail : "It was not accepted." };
+  } catch {
+    return { status: 0 };
+  }
+}
+
+// A session that ended and began again has another token. Never send one person's judgement as another's.
+async function freshToken() {
+  try {
+    const answer = await fetch("/token", { headers: { Accept: "application/json" } });
+    const told = await answer.json();
+    if (!answer.ok || String(told.annotator) !== annotator) return false;
+    const changed = told.csrf !== token;
+    token = told.csrf;
+    return changed;
+  } catch {
+    return false;
+  }
+}
+
+async function flush() {
+  busy = true;
+  let refusal = "";
+  while (waiting().length) {
+    const [entry] = waiting();
+    const { status, detail } = await post("/judgements", entry);
+    if (status === 200 || REFUSED.includes(status)) {
+      if (status !== 200) refusal = detail;
+      keep(waiting().filter((other) => other.client_id !== entry.client_id));
+    } else {
+      if (status === 403 && (await freshToken())) continue;
+      const many = waiting().length;
+      const what = many === 1 ? "A judgement waits" : `${many} judgements wait`;
+      if (status === 401 || status === 403) tell(`You are not logged in. ${what} on this device and will be sent when you judge again.`, "/login");
+      else tell(`No connection. ${what} on this device and will be sent once, as soon as it is back.`);
+      setTimeout(flush, RETRY);
+      return;
+    }
+  }
+  if (refusal) {
+    busy = false;
+    tell(`The last judgement was not stored: ${refusal} Load the page again to go on.`);
+  } else {
+    location.reload();
+  }
+}
+
+function send(verdict, ranks) {
+  const bytes = crypto.getRandomValues(new Uint8Array(16)); // randomUUID is there over HTTPS only
+  const client_id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  const seconds = Math.min(86400, Math.round(timeSeen() / 100) / 10);
+  const entry = { client_id, item: page.dataset.item, verdict, ranks, comment: comment.value, seconds };
+  keep([...waiting(), entry]);
+  flush();
+}
+
+async function undo() {
+  if (!page.dataset.last) return;
+  busy = true;
+  const { status, detail } = await post(`/judgements/${page.dataset.last}/undo`, {});
+  if (status === 200) return location.reload();
+  busy = false;
+  tell(status ? detail : "No connection: undo waits for it. Try again.");
+}
+
+// ---- time: only while the page is seen
+
+let seen = 0;
+let since = document.hidden ? null : performance.now();
+document.addEventListener("visibilitychange", () => {
+  if (since !== null) seen += performance.now() - since;
+  since = document.hidden ? null : performance.now();
+});
+const timeSeen = () => seen + (since === null ? 0 : performance.now() - since);
+
+// ---- ranking: groups of places, best first; a group is a tie
+
+let groups = [];
+let tie = false;
+
+function place(index) {
+  if (groups.some((group) => group.includes(index))) {
+    groups = groups.map((group) => group.filter((other) => other !== index)).filter((group) => group.length);
+    tie = false;
+  } else if (tie && groups.length) {
+    groups.at(-1).push(index);
+    tie = false;
+  } else {
+    groups.push([index]);
+  }
+}
+
+function takeBack() {
+  if (tie) tie = false;
+  else if (groups.length && groups.at(-1).length > 1) groups.at(-1).pop();
+  else groups.pop();
+}
+
+const placed = () => groups.flat().length;
+const ordinal = (number) => `${number}${["st", "nd", "rd"][number - 1] || "th"}`;
+
+function draw() {
+  if (kind !== "rank" || !cards.length) return;
+  cards.forEach((card, index) => {
+    const rank = groups.findIndex((group) => group.includes(index)) + 1;
+    card.classList.toggle("placed", rank > 0);
+    card.querySelector(".rank").textContent = rank ? ordinal(rank) : "";
+    card.querySelector("button").setAttribute("aria-label", `Response ${index + 1}${rank ? `, ${ordinal(rank)}` : ""}`);
+  });
+  const left = cards.length - placed();
+  const line = groups.map((group) => group.map((index) => index + 1).join(" = ")).join("  ›  ");
+  document.getElementById("line").textContent = line + (tie ? "  =  …" : left && line ? "  ›  …" : "");
+  document.querySelector("[data-key=enter]").disabled = left > 0;
+  document.querySelector("[data-key='=']").setAttribute("aria-pressed", String(tie));
+}
+
+function submitRanks() {
+  const left = cards.length - placed();
+  if (left) return tell(`${left} more to place.`);
+  send("ranked", cards.map((_, index) => groups.findIndex((group) => group.includes(index)) + 1));
+}
+
+// ---- keys and buttons
+
+function act(key) {
+  if (busy) return;
+  if (key === "u") return undo();
+  if (!cards.length) return;
+  if (key === "g" || key === "?") return guideline.showModal();
+  if (key === "c") return comment.focus();
+  if (key === "s") return send("skipped", null);
+  if (key === "n" || (kind === "compare" && key === "-")) return send("none", null);
+  const digit = /^[0-9]$/.test(key) ? Number(key) : null;
+  if (kind === "compare") {
+    if (digit === 1 || key === "arrowleft") return send("ranked", [1, 2]);
+    if (digit === 2 || key === "arrowright") return send("ranked", [2, 1]);
+    if (digit === 0) return send("ranked", [1, 1]);
+    return;
+  }
+  if (digit && digit <= cards.length) place(digit - 1);
+  else if (key === "=") tie = !tie && groups.length > 0 && placed() < cards.length;
+  else if (key === "backspace") takeBack();
+  else if (key === "enter") return submitRanks();
+  else return;
+  tell("");
+  draw();
+}
+
+const KNOWN = /^([0-9]|=|-|\?|[ucgsn]|backspace|enter|arrowleft|arrowright)$/;
+
+document.addEventListener("keydown", (event) => {
+  const key = event.key.toLowerCase();
+  if (event.target === comment) {
+    if (key === "escape") comment.blur();
+    if (key === "enter" && (event.ctrlKey || event.metaKey) && kind === "rank") act("enter");
+    return;
+  }
+  if (guideline.open || event.repeat || event.ctrlKey || event.metaKey || event.altKey || !KNOWN.test(key)) return;
+  // Enter on a button that has the focus presses that button, as everywhere.
+  if (key === "enter" && event.target.closest("a, button")) return;
+  event.preventDefault();
+  act(key);
+});
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-key]");
+  if (!button) return;
+  if (event.detail) button.blur(); // after a click with the mouse Enter shall submit, not press it again
+  act(button.dataset.key);
+});
+
+const earlier = page.dataset.ranks.split(" ").filter(Boolean).map(Number); // of a judgement that was undone
+if (kind === "rank" && earlier.length) {
+  const ranks = [...new Set(earlier)].sort((a, b) => a - b);
+  groups = ranks.map((rank) => earlier.flatMap((other, index) => (other === rank ? [index] : [])));
+}
+draw();
+if (waiting().length) flush();

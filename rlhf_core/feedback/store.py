@@ -1,0 +1,175 @@
+"""What is kept about people, items and judgements, and the database that keeps it.
+
+Nothing is deleted: undoing a judgement marks it as withdrawn, and the next one stands beside it.
+"""
+
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import JSON, DateTime, Engine, ForeignKey, Index, String, Text, create_engine, event, select, text
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+
+from rlhf_core.errors import ConfigError, ResourceError
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def now() -> datetime:
+    """The time in UTC."""
+    return datetime.now(UTC)
+
+
+class Base(DeclarativeBase):
+    """All tables."""
+
+    type_annotation_map = {datetime: DateTime(timezone=True), list[Any]: JSON}  # noqa: RUF012  (SQLAlchemy's own form)
+
+
+class Annotator(Base):
+    """A person who judges. Without a password hash it is the one person of a laptop, who needs no login."""
+
+    __tablename__ = "annotators"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(80), unique=True)
+    role: Mapped[str] = mapped_column(String(16))  # annotator or admin
+    password_hash: Mapped[str | None] = mapped_column(String(255))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Item(Base):
+    """A prompt and the responses to be judged; `sources` says who wrote them, and no annotator's page shows it."""
+
+    __tablename__ = "items"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)  # hash of the content: importing twice adds nothing
+    # What pages call the item. By number, a judgement that waited on a device could meet another database's item; and
+    # from the key one could try out who wrote what.
+    ticket: Mapped[str] = mapped_column(String(32), unique=True, default=lambda: secrets.token_hex(16))
+    kind: Mapped[str] = mapped_column(String(16), index=True)  # rank or compare
+    prompt: Mapped[list[Any]]  # [role, content] pairs
+    responses: Mapped[list[Any]]
+    sources: Mapped[list[Any]]
+    category: Mapped[str] = mapped_column(String(80), default="")
+    overlap: Mapped[int] = mapped_column(default=1)  # how many people judge it
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Claim(Base):
+    """That an item was shown to a person: only then may they judge it, and for a while it is kept for them."""
+
+    __tablename__ = "claims"
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), primary_key=True)
+    item_id: Mapped[int] = mapped_column(ForeignKey("items.id"), primary_key=True)
+    shown_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Guideline(Base):
+    """Each text that people judged by, under the version that their judgements carry."""
+
+    __tablename__ = "guidelines"
+    version: Mapped[str] = mapped_column(String(12), primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+
+
+class Judgement(Base):
+    """What one person said of one item. `ranks` stand in the item's order of responses, 1 is best."""
+
+    __tablename__ = "judgements"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    client_id: Mapped[str] = mapped_column(String(64), unique=True)  # made by the page: a repeat is stored once
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
+    item_id: Mapped[int] = mapped_column(ForeignKey("items.id"), index=True)
+    verdict: Mapped[str] = mapped_column(String(16))  # ranked, none (is acceptable), skipped
+    ranks: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    presented: Mapped[list[Any]]  # indexes of responses as they stood on the page
+    comment: Mapped[str] = mapped_column(Text, default="")
+    seconds: Mapped[float]
+    guideline: Mapped[str] = mapped_column(ForeignKey("guidelines.version"))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    withdrawn_at: Mapped[datetime | None]
+    item: Mapped[Item] = relationship()
+    annotator: Mapped[Annotator] = relationship()
+
+    __table_args__ = (
+        Index(
+            "one_live_judgement", "annotator_id", "item_id", unique=True,
+            sqlite_where=text("withdrawn_at IS NULL"), postgresql_where=text("withdrawn_at IS NULL"),
+        ),
+    )  # fmt: skip
+
+
+class Store:
+    """An open database with its tables up to date."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session that is committed at the end, or rolled back on an error."""
+        with Session(self.engine) as session, session.begin():
+            yield session
+
+    def has_login(self) -> bool:
+        """Whether anyone can log in with a password."""
+        with self.session() as session:
+            return session.scalar(select(Annotator.id).where(Annotator.password_hash.is_not(None)).limit(1)) is not None
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.engine.dispose()
+
+
+def open_store(database: str | Path) -> Store:
+    """Open a database, made if missing, and bring its tables up to date.
+
+    Args:
+        database: a file for SQLite, or any URL of SQLAlchemy, such as postgresql+psycopg://user@host/name.
+
+    Raises:
+        ConfigError: no such URL.
+        ResourceError: the database or its driver is not there.
+    """
+    url = str(database)
+    if "://" not in url:
+        _make_private(Path(url))
+        url = f"sqlite:///{Path(url).resolve()}"
+    try:
+        engine = create_engine(url, pool_pre_ping=True)
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _set_up_sqlite)
+        with engine.begin() as connection:
+            config = Config()
+            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ConfigError(f"Found --database {url!r}, expected a file or a URL such as sqlite:///FILE.") from error
+    except ModuleNotFoundError as error:
+        raise ResourceError(
+            f"Found no module {error.name}, which this database needs: `pip install {error.name}`"
+        ) from error
+    except OperationalError as error:
+        raise ResourceError(f"The database cannot be opened: {error.orig}") from error
+    return Store(engine)
+
+
+def _make_private(path: Path) -> None:
+    """An empty file that only its owner can read: SQLite gives its side files the same mode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+
+
+def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:
+    # FULL: a judgement that was answered for is on the disk, also if the power fails.
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
+        connection.execute(f"PRAGMA {setting}")

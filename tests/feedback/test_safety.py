@@ -1,0 +1,233 @@
+"""Who may ask, what may be sent, and that what models and people wrote stays text."""
+
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from itsdangerous import TimestampSigner
+from people import PASSWORD, SECRET, Person, log_in
+from sqlalchemy import select
+
+from rlhf_core.errors import ConfigError, ResourceError
+from rlhf_core.feedback import exchange
+from rlhf_core.feedback.accounts import LoginLimit, add_user, hash_password, password_fits, secret_key
+from rlhf_core.feedback.app import MOST_BYTES, create_app
+from rlhf_core.feedback.store import Annotator, Store
+
+Browser = Callable[..., Person]
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+PAGES = ["/", "/rank", "/compare", "/results", "/admin"]
+
+
+# ---- who may ask
+
+
+def test_one_person_on_this_machine_needs_no_login(browser: Browser) -> None:
+    local = browser()
+    assert [local.get(path).status_code for path in PAGES] == [200] * 5
+    assert "local" in local.get("/").text
+
+
+@pytest.mark.parametrize(
+    ("host", "client", "headers"),
+    [
+        ("192.0.2.7", "192.0.2.7", {}),
+        ("evil.example", "127.0.0.1", {}),  # a name of theirs that leads here
+        ("127.0.0.1", "127.0.0.1", {"X-Forwarded-For": "192.0.2.7"}),
+    ],
+)
+def test_nobody_else_comes_in_without_one(store: Store, host: str, client: str, headers: dict[str, str]) -> None:
+    app = create_app(store, secret=SECRET)
+    stranger = Person(app, base_url=f"http://{host}", client=(client, 50000), headers=headers)
+    for path in PAGES:
+        assert stranger.get(path).status_code == 401
+        assert (
+            stranger.get(path, headers={"Accept": "text/html"}, follow_redirects=False).headers["location"] == "/login"
+        )
+
+
+def test_with_the_first_account_everybody_has_to_log_in(browser: Browser, store: Store) -> None:
+    local = browser()
+    token = local.token()
+    add_user(store, "kim", PASSWORD, admin=True)
+    assert local.get("/rank").status_code == 401
+    assert local.post("/judgements", json={}, headers={"X-CSRF-Token": token}).status_code == 401
+
+
+def test_login_and_logout(browser: Browser) -> None:
+    kim = browser("kim")
+    assert kim.get("/rank").status_code == 200
+    done = kim.post("/logout", data={"csrf": kim.token()}, follow_redirects=False)
+    assert done.headers["location"] == "/login"
+    assert kim.get("/rank").status_code == 401
+
+
+def test_the_cookie_is_signed_and_out_of_scripts_reach(browser: Browser, store: Store) -> None:
+    add_user(store, "kim", PASSWORD, admin=False)
+    kim = browser()
+    done = log_in(kim, "kim", PASSWORD)
+    cookie = done.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=lax" in cookie
+    secure = Person(create_app(store, secret=SECRET, https=True), base_url="https://127.0.0.1")
+    assert "; secure" in secure.get("/login").headers["set-cookie"].lower()
+
+
+@pytest.mark.parametrize("key", ["t" * 64, ""])
+def test_a_forged_session_is_nobodys(browser: Browser, store: Store, key: str) -> None:
+    kim = browser("kim")
+    signed = kim.cookies["rlhf_feedback"].strip('"')
+    body = signed.split(".")[0]
+    forged = TimestampSigner(key).sign(body).decode() if key else body
+    stranger = browser()
+    stranger.cookies.set("rlhf_feedback", forged)
+    assert stranger.get("/rank").status_code == 401
+    stranger.cookies.set("rlhf_feedback", signed)
+    assert stranger.get("/rank").status_code == 200
+
+
+def test_a_new_password_ends_the_sessions_under_the_old(browser: Browser, store: Store) -> None:
+    kim = browser("kim")
+    with pytest.raises(ConfigError, match="--replace"):
+        add_user(store, "kim", "another one", admin=False)
+    add_user(store, "kim", "another one", admin=False, replace=True)
+    assert kim.get("/rank").status_code == 401
+    assert log_in(kim, "kim", PASSWORD).status_code == 401
+    assert log_in(kim, "kim", "another one").status_code == 303
+
+
+def test_wrong_passwords_are_limited(browser: Browser, store: Store) -> None:
+    kim = browser("kim")
+    kim.cookies.clear()
+    assert [log_in(kim, "kim", "wrong").status_code for _ in range(6)] == [401] * 5 + [429]
+    assert log_in(kim, "kim", PASSWORD).status_code == 429
+    assert log_in(kim, "sam", "wrong").status_code == 401  # another name
+
+
+def test_the_limit_counts_by_address_too_and_passes() -> None:
+    time = [0.0]
+    limit = LoginLimit(clock=lambda: time[0])
+    for number in range(20):
+        assert not limit.blocked(f"name {number}", "192.0.2.7")
+        limit.failed(f"name {number}", "192.0.2.7")
+    assert limit.blocked("fresh", "192.0.2.7")
+    assert not limit.blocked("fresh", "192.0.2.8")
+    time[0] = 301.0
+    assert not limit.blocked("fresh", "192.0.2.7")
+
+
+def test_passwords_are_salted_hashes(store: Store) -> None:
+    assert hash_password("same") != hash_password("same")
+    assert password_fits("same", hash_password("same"))
+    assert not password_fits("other", hash_password("same"))
+    assert not password_fits("", None)
+    add_user(store, "kim", PASSWORD, admin=False)
+    with store.session() as session:
+        assert PASSWORD not in str(session.scalar(select(Annotator.password_hash)))
+    with pytest.raises(ConfigError, match="Found a password of 5 characters, expected 8 or more"):
+        add_user(store, "sam", "short", admin=False)
+
+
+def test_key_and_database_are_their_owners_alone(tmp_path: Path, store: Store, database: Path) -> None:
+    key = secret_key(tmp_path / "key")
+    assert secret_key(tmp_path / "key") == key
+    assert len(key) == 64
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    for path in database.parent.glob("feedback.db*"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (tmp_path / "key").write_text("")
+    with pytest.raises(ResourceError, match="holds no key"):
+        secret_key(tmp_path / "key")
+
+
+# ---- what may be sent
+
+
+POSTS = ["/login", "/logout", "/judgements", "/judgements/1/undo", "/admin/import"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("token", [None, "", "wrong"])
+def test_a_post_without_the_sessions_token_is_refused(browser: Browser, path: str, token: str | None) -> None:
+    kim = browser("kim", admin=True)
+    body = {"client_id": "client-1", "item": "x", "verdict": "none", "seconds": 1}
+    headers = {} if token is None else {"X-CSRF-Token": token}
+    assert kim.post(path, json=body, headers=headers, follow_redirects=False).status_code == 403
+    assert kim.post(path, data={"csrf": token or ""}, follow_redirects=False).status_code in (403, 422)
+    assert kim.get("/rank").status_code == 200  # still logged in
+
+
+def test_every_post_asks_for_the_token(store: Store) -> None:
+    from rlhf_core.feedback import pages
+
+    routes = {route.path: route for route in pages.router.routes if "POST" in route.methods}
+    assert set(routes) == {re.sub(r"/1/", "/{judgement}/", path) for path in POSTS}
+    for path, route in routes.items():
+        assert route.dependencies == pages.checked, path
+
+
+def test_a_body_over_the_limit_is_refused(browser: Browser) -> None:
+    local = browser()
+    token = local.token()
+    for content in (b"x" * (MOST_BYTES + 1), iter([b"x" * MOST_BYTES, b"x"])):  # the second tells no length
+        answer = local.post("/admin/import", content=content, headers={"X-CSRF-Token": token})
+        assert answer.status_code == 413
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_every_answer_forbids_foreign_scripts_and_frames(browser: Browser) -> None:
+    kim = browser("kim", admin=True)
+    for path in [*PAGES, "/static/judge.js", "/nowhere"]:
+        headers = kim.get(path).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+
+
+def test_no_page_holds_script_or_style_or_asks_elsewhere(browser: Browser, items: None) -> None:
+    kim = browser("kim", admin=True)
+    for path in PAGES:
+        text = kim.get(path).text
+        assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", text)
+        assert all(tag.startswith('<script src="/static/') for tag in re.findall(r"<script[^>]*>", text))
+        assert not re.search(r"(?:src|href|action)=\"(?:https?:)?//", text)
+        assert set(re.findall(r"(?:src|href)=\"(/[^\"]*)\"", text)) >= {"/static/style.css"}
+        for link in set(re.findall(r"(?:src|href)=\"(/[^\"]*)\"", text)):
+            assert kim.get(link).status_code == 200, link
+
+
+# ---- untrusted text
+
+
+def test_scripts_in_whatever_was_written_stay_text(browser: Browser, store: Store) -> None:
+    kim = browser(f"kim {SCRIPT}", admin=True)
+    row = {"prompt": f"P {SCRIPT}", "responses": [f"A {SCRIPT}", f"B {SCRIPT}"], "origins": [SCRIPT, "b"]}
+    row["category"] = SCRIPT
+    with store.session() as session:
+        for kind in ("rank", "compare"):
+            found = exchange.find_items("rows", [(1, row)], kind=kind, policies=("a", "b"), how="sampled")
+            exchange.add_items(session, found)
+    for kind in ("rank", "compare"):
+        assert kim.get(f"/{kind}").text.count("&lt;script&gt;alert(1)") >= 5
+        assert kim.judge(kind, client_id=f"client-{kind}", ranks=[1, 2], comment=f"C {SCRIPT}").status_code == 200
+        kim.submit(f"/judgements/{kim.last(kind)}/undo")
+        assert "C &lt;script&gt;" in kim.get(f"/{kind}").text
+        kim.judge(kind, client_id=f"again-{kind}", ranks=[1, 2])
+    for path in PAGES:
+        text = kim.get(path).text
+        assert "<script>" not in text
+        assert "<img" not in text
+    assert "&lt;script&gt;" in kim.get("/results").text
+
+
+def test_tags_in_a_guideline_stay_text(store: Store) -> None:
+    app = create_app(store, secret=SECRET, guideline=f"# Mine\n\n{SCRIPT}\n\n[x](javascript:alert(1))")
+    page = Person(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000)).get("/").text
+    assert "<h1>Mine</h1>" in page
+    assert "<script>" not in page
+    assert 'href="javascript' not in page
