@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flows import preflight
+from flows import feedback, preflight
 from rlhf_core.errors import ResourceError, RLHFError
 from tasks.environment import record_folder
 from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, workspace_lock
@@ -24,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(feedback.app, name="feedback")
 
 Overrides = Annotated[
     list[str] | None,
@@ -53,6 +55,7 @@ def about() -> None:
     - `rlhf chat ppo` lets you talk to the result
     - `rlhf run -S ppo.kl_coef=0.1` changes one value and runs only what hangs on it
     - `rlhf compare HEAD` shows what that changed, and `rlhf ui` opens all runs in MLflow
+    - `rlhf feedback` lets people judge: is PPO better than SFT, which responses are best
     """
 
 

@@ -29,7 +29,9 @@ def test_help_is_quick_and_loads_no_tool() -> None:
     assert worked < 1.5
 
 
-@pytest.mark.parametrize("command", ["run", "stage", "ui", "prefect-ui", "serve", "compare", "chat", "sync"])
+@pytest.mark.parametrize(
+    "command", ["run", "stage", "ui", "prefect-ui", "serve", "compare", "chat", "sync", "feedback"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(cli.app, [command, "--help"])
     assert shown.exit_code == 0

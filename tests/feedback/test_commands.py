@@ -1,0 +1,94 @@
+"""`rlhf feedback` on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from people import ANSWERS, PASSWORD
+from typer.testing import CliRunner
+
+from flows import cli, feedback
+from rlhf_core.errors import ConfigError, DataError, ResourceError
+from rlhf_core.feedback.store import open_store
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return tmp_path
+
+
+def run(*arguments: str, password: str = "") -> str:
+    done = CliRunner().invoke(cli.app, ["feedback", *arguments], input=password, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("command", [[], ["add-user"], ["import"], ["export"]])
+def test_every_command_explains_itself(command: list[str]) -> None:
+    assert len(run(*command, "--help").split()) > 20
+
+
+def test_import_add_user_and_export(project: Path) -> None:
+    assert run("import", "answers.jsonl", "--policies", "ppo,base") == "Added 6 to compare.\n"
+    assert run("import", "answers.jsonl", "--policies", "ppo,base") == "Added nothing. 6 were there already.\n"
+    assert run("add-user", "kim", "--admin", password=f"{PASSWORD}\n") == "kim can log in as an admin.\n"
+    assert run("export", "out.jsonl") == "out.jsonl: 0 rankings.\n"
+    assert (project / ".rlhf" / "feedback.db").is_file()
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_another_database_can_be_named_before_or_after_the_command(project: Path, place: str) -> None:
+    named = ["--database", "other.db"]
+    run(*(named if place == "before" else []), "import", "answers.jsonl", *(named if place == "after" else []))
+    assert (project / "other.db").is_file()
+    assert not (project / ".rlhf" / "feedback.db").exists()
+
+
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    import uvicorn
+
+    hosts: list[str] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, *, host, **options: hosts.append(host))
+    monkeypatch.setattr(cli, "_require_free", lambda *_: None)
+    return hosts
+
+
+def test_a_person_on_a_laptop_starts_in_one_command(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = served(monkeypatch)
+    said = run()
+    assert hosts == ["127.0.0.1"]
+    assert "http://127.0.0.1:8000" in said
+    assert "whoever sits at this machine is its admin, without login" in said
+
+
+def test_other_machines_only_with_a_password(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = served(monkeypatch)
+    with pytest.raises(ConfigError, match="nobody has a password"):
+        run("--host", "0.0.0.0")
+    assert hosts == []
+    run("add-user", "kim", password=f"{PASSWORD}\n")
+    run("--host", "0.0.0.0")
+    assert hosts == ["0.0.0.0"]
+
+
+def test_mistakes_are_named(project: Path) -> None:
+    (project / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1, row"):
+        run("import", "bad.jsonl")
+    for wrong in (["--kind", "guess"], ["--policies", "ppo"]):
+        done = CliRunner().invoke(cli.app, ["feedback", "import", "answers.jsonl", *wrong])
+        assert done.exit_code == 2
+    with pytest.raises(ConfigError, match=r"Found --database 'nosuch://x'"):
+        open_store("nosuch://x")
+    with pytest.raises(ResourceError, match="cannot be opened"):
+        open_store("sqlite:////proc/none/feedback.db")
+
+
+def test_the_hosts_that_need_no_password_are_those_of_the_app() -> None:
+    from rlhf_core.feedback.app import LOOPBACK
+
+    assert feedback.LOOPBACK == LOOPBACK
