@@ -100,6 +100,8 @@ def create_app(store: Store, *, secret: str, guideline: str = "", https: bool = 
     guideline = guideline or (FOLDER / "guideline.md").read_text(encoding="utf-8")
     with store.session() as session:
         version = keep_guideline(session, guideline)
+    if not store.has_login():
+        local_admin(store)  # now, and not by two requests at once
     environment = Environment(
         loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

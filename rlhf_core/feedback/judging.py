@@ -103,16 +103,18 @@ def submit(session: Session, annotator: int, sent: Submission, guideline: str) -
     Raises:
         Refused: it is not this person's to give, there is one already, or it is not whole.
     """
+    item = session.scalar(select(Item).where(Item.ticket == sent.item))
+    # Looked up before the repeat: sent twice at once, the one that comes second finds the first one in both.
+    judged = item and session.scalar(select(Judgement.id).where(_of(annotator, item.id), LIVE))
     known = session.scalar(select(Judgement).where(Judgement.client_id == sent.client_id))
     if known is not None:
         if (known.annotator_id, known.item.ticket) != (annotator, sent.item):
             raise Refused(409, "This judgement was stored for another item.")
         return False
-    item = session.scalar(select(Item).where(Item.ticket == sent.item))
     if item is None or session.get(Claim, (annotator, item.id)) is None:
         raise Refused(404, "There is no such item of yours.")
     ranks = _checked_ranks(sent, len(item.responses))
-    if session.scalar(select(Judgement.id).where(_of(annotator, item.id), LIVE)) is not None:
+    if judged is not None:
         raise Refused(409, "You have judged this item already.")
     order = presented_order(annotator, item)
     by_item = [rank for _, rank in sorted(zip(order, ranks, strict=True))] if ranks else None

@@ -1,10 +1,12 @@
 """The pages: log in, rank, compare, results, admin. Each answers from the store; app.py says who may ask."""
 
-from typing import Annotated, Any, get_args
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_args
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
 from rlhf_core.errors import RLHFError
@@ -31,6 +33,7 @@ Me = Annotated[Annotator, Depends(require_person)]
 Admin = Annotated[Annotator, Depends(require_admin)]
 Form = Annotated[dict[str, str], Depends(form)]
 checked = [Depends(require_csrf)]
+Result = TypeVar("Result")
 
 
 @router.get("/")
@@ -81,8 +84,14 @@ def logout(request: Request) -> Response:
 def judge(request: Request, me: Me) -> Response:
     """The next item of a kind."""
     kind: Kind = "rank" if request.url.path == "/rank" else "compare"
-    with desk_of(request).store.session() as session:
-        item = judging.show_next(session, me.id, kind)
+    store = desk_of(request).store
+
+    def show_next() -> judging.Shown | None:
+        with store.session() as session:
+            return judging.show_next(session, me.id, kind)
+
+    item = _again_if_outrun(show_next)
+    with store.session() as session:
         progress = judging.progress(session, me.id, kind)
         last = judging.last_judgement(session, me.id, kind)
     return render(request, f"{kind}.html.j2", kind=kind, item=item, progress=progress, last=last)
@@ -92,12 +101,15 @@ def judge(request: Request, me: Me) -> Response:
 def store_judgement(request: Request, me: Me, sent: Submission) -> dict[str, Any]:
     """Store a judgement; the answer is sent after it was committed."""
     desk = desk_of(request)
-    try:
+
+    def submit() -> bool:
         with desk.store.session() as session:
-            new = judging.submit(session, me.id, sent, desk.version)
+            return judging.submit(session, me.id, sent, desk.version)
+
+    try:
+        return {"stored": True, "new": _again_if_outrun(submit)}
     except Refused as refused:
         raise HTTPException(refused.status, str(refused)) from None
-    return {"stored": True, "new": new}
 
 
 @router.post("/judgements/{judgement}/undo", dependencies=checked)
@@ -172,3 +184,11 @@ def export(request: Request, _: Admin) -> Response:
         lines, media_type="application/jsonl",
         headers={"Content-Disposition": 'attachment; filename="rankings.jsonl"'},
     )  # fmt: skip
+
+
+def _again_if_outrun(work: Callable[[], Result]) -> Result:
+    """Do it once more if the same request, sent twice at once, wrote first: the second look finds what it wrote."""
+    try:
+        return work()
+    except IntegrityError:
+        return work()

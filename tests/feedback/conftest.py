@@ -39,9 +39,10 @@ def browser(store: Store) -> Callable[..., Person]:
     """A browser on this machine; with a name, an account is made and logged in."""
 
     def open_browser(name: str | None = None, *, admin: bool = False, host: str = "127.0.0.1") -> Person:
-        client = Person(create_app(store, secret=SECRET), base_url=f"http://{host}", client=(host, 50000))
         if name:
             add_user(store, name, PASSWORD, admin=admin)
+        client = Person(create_app(store, secret=SECRET), base_url=f"http://{host}", client=(host, 50000))
+        if name:
             done = log_in(client, name, PASSWORD)
             assert done.status_code == 303
         return client

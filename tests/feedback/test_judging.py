@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,23 @@ def test_a_repeat_of_the_same_submit_is_stored_once(browser: Browser, store: Sto
     assert kim.judge(client_id="client-1", item=item).json() == {"stored": True, "new": False}
     assert len(stored(store)) == 1
     assert kim.judge(client_id="client-2", item=item).status_code == 409  # another judgement of the same item
+
+
+def test_the_same_submit_many_times_at_once_is_stored_once(browser: Browser, store: Store) -> None:
+    kim = browser("kim")
+    body = {"client_id": "client-1", "item": kim.item(), "verdict": "ranked", "ranks": [1, 2, 3], "seconds": 1}
+    headers = {"X-CSRF-Token": kim.token()}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: kim.post("/judgements", json=body, headers=headers), range(16)))
+    assert [answer.status_code for answer in answers] == [200] * 16
+    assert sum(answer.json()["new"] for answer in answers) == 1
+    assert len(stored(store)) == 1
+
+
+def test_the_same_page_many_times_at_once_is_shown_each_time(browser: Browser) -> None:
+    kim = browser("kim")
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: kim.item(), range(16)))) == 1
 
 
 def test_order_is_random_over_people_and_items_and_stays_for_each(browser: Browser, store: Store) -> None:
