@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume lint format ui prefect-ui repro known-answers golden mutants parity parity-training lock clean preflight
+.PHONY: help run tiny test test-resume test-thorough lint format ui prefect-ui repro known-answers golden mutants parity parity-training lock clean preflight
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,6 +26,9 @@ test: $(VENV)/.installed ## lint, types, tests
 
 test-resume: $(VENV)/.installed ## kill the tiny recipe ten times; it has to end with the same bytes
 	@$(BIN)/python -m pytest -m resume
+
+test-thorough: $(VENV)/.installed ## several training processes, and simulations that take long
+	@$(BIN)/python -m pytest -m thorough
 
 lint: $(VENV)/.installed ## what pre-commit checks
 	$(BIN)/ruff check .

@@ -14,6 +14,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 OWN_TOOLS = ("pip", "setuptools", "wheel")
 
 
+ELSEWHERE = ("async-timeout==5.0.1",)  # what a Python other than this one needs too: redis, below 3.11.3
+
+
 def pins(frozen: str) -> list[str]:
     """Plain `name==version` lines from `pip freeze`: nothing of where a package came from or how torch was built."""
     lines = []
@@ -25,7 +28,8 @@ def pins(frozen: str) -> list[str]:
         name, _, version = line.partition("==")
         if name.lower() not in OWN_TOOLS:
             lines.append(f"{name}=={re.sub(r'[+].*', '', version)}")
-    return sorted(lines, key=str.lower)
+    have = {line.partition("==")[0].lower() for line in lines}
+    return sorted(lines + [pin for pin in ELSEWHERE if pin.partition("==")[0] not in have], key=str.lower)
 
 
 def main(target: Path) -> None:

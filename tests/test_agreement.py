@@ -501,7 +501,7 @@ def test_the_bias_intervals_cover_95_percent(simulation: dict[str, Any]) -> None
     assert simulation["wilson_covers"]() == pytest.approx(0.95, abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_pages_figures_are_those_of_the_simulation(simulation: dict[str, Any]) -> None:
     page = (PROJECT / "docs" / "agreement.md").read_text(encoding="utf-8")
     assert f"```text\n{simulation['report']()}\n```" in page, "run scripts/agreement_simulation.py and paste"

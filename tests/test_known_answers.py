@@ -124,7 +124,7 @@ def test_a_responses_kindness_leaves_its_end_of_turn_out(known: Any) -> None:
     assert task.score(sampled([[5], [5]], [[*ids[0], end], [*ids[1], end]])).tolist() == [1.0, -0.5]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_few_updates_climb(known: Any, tmp_path: Path) -> None:
     task = known.walks_task()
     before, after = known.climb(task, 0, known.train_start(task, 0, tmp_path), updates=10)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from toy import PROJECT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
