@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import psutil
@@ -56,7 +57,9 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def saved(folder: Path, name: str) -> set[Path]:
-    return set((folder / ".rlhf/checkpoints").rglob(name))
+    # os.walk passes over a folder that the loop removes meanwhile, and rglob does not.
+    found = os.walk(folder / ".rlhf/checkpoints")
+    return {Path(root) / each for root, folders, files in found for each in (*folders, *files) if fnmatch(each, name)}
 
 
 def wait_for_another(name: str, folder: Path, process: subprocess.Popen[bytes]) -> None:
