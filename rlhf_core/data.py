@@ -42,8 +42,12 @@ class BadRow(NamedTuple):
         return f"{self.source}, line {self.line}, {self.field}: found {self.found}, expected {self.expected}"
 
 
-class _Bad(Exception):
+class BadField(DataError):
     """Raised by a parser: field, what was found, what was expected."""
+
+    def __str__(self) -> str:
+        field, found, expected = self.args
+        return f"{field}: found {found}, expected {expected}"
 
 
 # ---- reading
@@ -118,7 +122,7 @@ def parse_ranking(row: Any) -> Ranking:
     if "responses" in fields:
         return _ranking(fields)
     if "chosen" not in fields or "rejected" not in fields:
-        raise _Bad(
+        raise BadField(
             "row", f"fields {', '.join(sorted(fields)) or 'none'}", "responses and ranks, or chosen and rejected"
         )
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
@@ -128,7 +132,7 @@ def parse_ranking(row: Any) -> Ranking:
         prompt, chosen = _dialogue("chosen", chosen)
         other, rejected = _dialogue("rejected", rejected)
         if prompt != other:
-            raise _Bad("rejected", "another dialogue before its last turn than chosen's", "the same one")
+            raise BadField("rejected", "another dialogue before its last turn than chosen's", "the same one")
     return Ranking(
         prompt,
         (chosen, rejected),
@@ -143,28 +147,28 @@ def parse_ranking(row: Any) -> Ranking:
 def _margin(fields: Mapping[str, Any]) -> float | None:
     margin = fields.get("margin")
     if margin is not None and not _is_number(margin):
-        raise _Bad("margin", repr(margin), "a number")
+        raise BadField("margin", repr(margin), "a number")
     return margin
 
 
 def _ranking(fields: Mapping[str, Any]) -> Ranking:
     responses = fields["responses"]
     if not isinstance(responses, (list, tuple)) or len(responses) < 2:
-        raise _Bad("responses", _shown(responses), "a list of two texts or more")
+        raise BadField("responses", _shown(responses), "a list of two texts or more")
     for index, text in enumerate(responses):
         if not isinstance(text, str) or not text.strip():
-            raise _Bad(f"responses[{index}]", _shown(text), "a text that is not empty")
+            raise BadField(f"responses[{index}]", _shown(text), "a text that is not empty")
     ranks: Any = fields.get("ranks")
     whole = isinstance(ranks, (list, tuple)) and all(type(rank) is int and rank >= 1 for rank in ranks)
     if not whole or len(ranks) != len(responses):
-        raise _Bad("ranks", _shown(ranks), f"{len(responses)} whole numbers from 1, one a response")
+        raise BadField("ranks", _shown(ranks), f"{len(responses)} whole numbers from 1, one a response")
     scores = fields.get("scores")
     if scores is not None:
         if not isinstance(scores, dict):
-            raise _Bad("scores", _shown(scores), "lists of numbers by axis, such as {helpfulness: [4, 2]}")
+            raise BadField("scores", _shown(scores), "lists of numbers by axis, such as {helpfulness: [4, 2]}")
         for axis, values in scores.items():
             if not isinstance(values, list) or len(values) != len(responses) or not all(map(_is_number, values)):
-                raise _Bad(f"scores.{axis}", _shown(values), f"{len(responses)} numbers, one a response")
+                raise BadField(f"scores.{axis}", _shown(values), f"{len(responses)} numbers, one a response")
     return Ranking(
         _prompt(fields),
         tuple(responses),
@@ -179,7 +183,7 @@ def _ranking(fields: Mapping[str, Any]) -> Ranking:
 
 def _object(row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
-        raise _Bad("row", _shown(row), "one JSON object a line")
+        raise BadField("row", _shown(row), "one JSON object a line")
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -195,9 +199,9 @@ def _prompt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
         and turn.get("role") in ("system", "user", "assistant")
         for turn in turns
     ):
-        raise _Bad("prompt", _shown(value), "a text that is not empty, or chat messages with role and content")
+        raise BadField("prompt", _shown(value), "a text that is not empty, or chat messages with role and content")
     if turns[-1]["role"] != "user":
-        raise _Bad("prompt", f"a last message by {turns[-1]['role']}", "the last message by user")
+        raise BadField("prompt", f"a last message by {turns[-1]['role']}", "the last message by user")
     return tuple((turn["role"], turn["content"].strip()) for turn in turns)
 
 
@@ -206,11 +210,11 @@ def _dialogue(field: str, text: str) -> tuple[tuple[Message, ...], str]:
     lead, *parts = _TURN.split(text)
     roles, turns = parts[0::2], [turn.strip() for turn in parts[1::2]]
     if lead.strip() or not roles or roles[0] != "Human" or roles[-1] != "Assistant":
-        raise _Bad(field, _shown(text), "a dialogue from '\\n\\nHuman: ' to a last '\\n\\nAssistant: ' turn")
+        raise BadField(field, _shown(text), "a dialogue from '\\n\\nHuman: ' to a last '\\n\\nAssistant: ' turn")
     if any(left == right for left, right in pairwise(roles)):
-        raise _Bad(field, "two turns in a row by one speaker", "turns by Human and Assistant that alternate")
+        raise BadField(field, "two turns in a row by one speaker", "turns by Human and Assistant that alternate")
     if not all(turns):
-        raise _Bad(field, "an empty turn", "turns that are not empty")
+        raise BadField(field, "an empty turn", "turns that are not empty")
     names = {"Human": "user", "Assistant": "assistant"}
     return tuple((names[role], turn) for role, turn in zip(roles[:-1], turns[:-1], strict=True)), turns[-1]
 
@@ -218,7 +222,7 @@ def _dialogue(field: str, text: str) -> tuple[tuple[Message, ...], str]:
 def _text(fields: Mapping[str, Any], field: str) -> str:
     value = fields.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise _Bad(field, _shown(value), "a text that is not empty")
+        raise BadField(field, _shown(value), "a text that is not empty")
     return value if value.startswith("\n\nHuman:") else value.strip()
 
 
@@ -269,7 +273,7 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
                     record = parse(row)
                     _check_length(record.prompt, config, tokenizer, context)
                     records.append(record)
-                except _Bad as bad:
+                except BadField as bad:
                     field, found, expected = bad.args
                     bad_rows.append(BadRow(source, line, field, found, expected, row))
         return records
@@ -317,7 +321,9 @@ def _check_length(prompt: Sequence[Message], config: Prepare, tokenizer: PreTrai
     count = len(encode_prompt(tokenizer, prompt, config.system))
     limit = min(config.max_prompt_tokens, context - config.max_response_tokens)
     if count > limit:
-        raise _Bad("prompt", f"{count} tokens", f"{limit} at most (prepare.max_prompt_tokens, and the model's context)")
+        raise BadField(
+            "prompt", f"{count} tokens", f"{limit} at most (prepare.max_prompt_tokens, and the model's context)"
+        )
 
 
 def _unique(records: Sequence[Record], key: Callable[[Record], Any]) -> tuple[list[Record], int]:

@@ -4,7 +4,7 @@ And the stop where numbers are none any more, before they reach the weights.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from rlhf_core.config import Schedule
 from rlhf_core.errors import TrainingDiverged
 
 EXPLODED = 1e6  # a loss or a log-probability beyond this is on its way to infinity
+Tensors = Callable[[], Mapping[str, Tensor]]  # made where they are wanted
 
 
 class Batch(NamedTuple):
@@ -74,14 +75,14 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def require_finite(
-    quantities: Mapping[str, Tensor | float], *, where: str, batch: Mapping[str, Tensor], limit: float = EXPLODED
+    quantities: Mapping[str, Tensor | float], *, where: str, batch: Tensors, limit: float = EXPLODED
 ) -> None:
     """Stop at the first quantity that is not finite, or beyond the limit.
 
     Args:
         quantities: by names that the message uses, in the order in which they are computed.
         where: whose they are, such as "ppo's policy".
-        batch: what they were computed from, for whoever looks for the cause.
+        batch: gives what they were computed from, for whoever looks for the cause.
 
     Raises:
         TrainingDiverged: names the quantity.
@@ -92,7 +93,7 @@ def require_finite(
             raise TrainingDiverged(
                 f"{name} of {where} is {worst:g}, expected a finite number below {limit:g}. "
                 "A learning rate that is too high is the usual cause: halve it in params.yaml.",
-                {**batch, **{key: found for key, found in quantities.items() if isinstance(found, Tensor)}},
+                {**batch(), **{key: found for key, found in quantities.items() if isinstance(found, Tensor)}},
             )
 
 
@@ -102,7 +103,7 @@ def step_clipped(
     *,
     max_grad_norm: float,
     where: str,
-    batch: Mapping[str, Tensor],
+    batch: Tensors,
 ) -> float:
     """Add up the gradients of all processes, clip them to a global norm, step, and clear them.
 

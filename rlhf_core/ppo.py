@@ -165,14 +165,14 @@ def train_ppo(
                         policy_parameters,
                         max_grad_norm=config.max_grad_norm,
                         where="ppo's policy",
-                        batch=minibatch.tensors(),
+                        batch=minibatch.tensors,
                     )
                 step["ppo/value_grad_norm"] = step_clipped(
                     value_optimiser,
                     value_parameters,
                     max_grad_norm=config.max_grad_norm,
                     where="ppo's value model",
-                    batch=minibatch.tensors(),
+                    batch=minibatch.tensors,
                 )
                 steps_taken += 1
             if stopped:
@@ -225,17 +225,18 @@ def measure_rollouts(
     """
     ids_BT, mask_BT = sampled.ids_BT.to(roles.device), sampled.mask_BT.to(roles.device)
     size, own = len(mask_BT), processes.own(range(len(mask_BT)))
+    own_ids_BT, own_mask_BT = ids_BT[own], mask_BT[own]
     responses = sampled.responses()
     packed = pack([sampled.prompts[row] for row in own], [responses[row] for row in own], 0)
     trunk = roles.trunk(packed)
     # In pieces of like length, as learning will see them: little padding, and the same rounding.
     logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT = (
-        torch.zeros_like(mask_BT[own], dtype=torch.float) for _ in range(4)
+        torch.zeros_like(own_mask_BT, dtype=torch.float) for _ in range(4)
     )
     scores_B = torch.zeros(len(own), device=roles.device)
     for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
-        part, length = trunk.rows(rows), int(mask_BT[own][rows].sum(1).max())
-        answer = (ids_BT[own][rows, :length], mask_BT[own][rows, :length])
+        part, length = trunk.rows(rows), int(own_mask_BT[rows].sum(1).max())
+        answer = (own_ids_BT[rows, :length], own_mask_BT[rows, :length])
         found, spread = roles.logprobs(part, POLICY, *answer, temperature=config.temperature, entropy=True)
         assert spread is not None
         logprobs_BT[rows, :length], entropy_BT[rows, :length] = found, spread
@@ -249,6 +250,10 @@ def measure_rollouts(
     )
     if score is not None:
         scores_B = score(sampled).to(scores_B)
+
+    def whole() -> dict[str, Tensor]:
+        return pack(sampled.prompts, responses, 0)._asdict()
+
     require_finite(
         {
             "A log-probability": logprobs_BT,
@@ -256,7 +261,7 @@ def measure_rollouts(
             "A value": values_BT,
         },
         where="ppo",
-        batch=(whole := pack(sampled.prompts, responses, 0)._asdict()),
+        batch=whole,
     )
     require_finite({"A score": scores_B}, where="ppo", batch=whole, limit=math.inf)  # its scale is its own
     if config.scale_scores:
@@ -330,9 +335,9 @@ def losses(
             found["ppo/kl_loss"] = kl_BT.sum().item() / token_count
         if entropy_BT is not None:
             loss = loss - config.entropy_coef * entropy_BT.sum() / token_count
-        require_finite({"A log-probability": logprobs_BT}, where="ppo's policy", batch=part.tensors())
+        require_finite({"A log-probability": logprobs_BT}, where="ppo's policy", batch=part.tensors)
         # A loss may be large where the policy has moved too far; early_stop_kl is for that.
-        require_finite({"The loss": loss}, where="ppo's policy", batch=part.tensors(), limit=math.inf)
+        require_finite({"The loss": loss}, where="ppo's policy", batch=part.tensors, limit=math.inf)
         loss.backward()
         found |= {
             "ppo/policy_loss": policy.loss.item(),
@@ -349,7 +354,7 @@ def losses(
         clip_range=config.value_clip_range,
         token_count=token_count,
     )
-    require_finite({"A value": values_BT, "The loss": value.loss}, where="ppo's value model", batch=part.tensors())
+    require_finite({"A value": values_BT, "The loss": value.loss}, where="ppo's value model", batch=part.tensors)
     value.loss.backward()
     return found | {
         "ppo/value_loss": value.loss.item(),

@@ -4,6 +4,7 @@ What it measures of itself, and the statistics that are stored with it, come fro
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -230,7 +231,9 @@ def train_reward(
             else:
                 ranked = plackett_luce_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
             centred = centering(scores_BK, ranks_BK, mask_BK)
-            require_finite({"A score": scores_BK, "The loss": ranked}, where=prefix, batch=_padded(part, pad_id))
+            require_finite(
+                {"A score": scores_BK, "The loss": ranked}, where=prefix, batch=partial(_padded, part, pad_id)
+            )
             ((ranked + config.center_coef * centred) * weight).backward()
             loss += ranked.item() * weight
             right, all_pairs = _count_right(scores_BK.detach(), ranks_BK, mask_BK)
@@ -242,7 +245,7 @@ def train_reward(
             parameters,
             max_grad_norm=config.max_grad_norm,
             where=prefix,
-            batch=_padded(batch, pad_id),
+            batch=partial(_padded, batch, pad_id),
         )
         batch_tokens = sum(len(ids) for ranking in batch for ids in ranking.ids)
         so_far["tokens"] += batch_tokens

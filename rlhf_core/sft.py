@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ def encode_demonstrations(
 def pack_examples(examples: Sequence[Example], pad_id: int) -> Packed:
     """Examples as one batch."""
     return pack([example.prompt for example in examples], [example.response for example in examples], pad_id)
+
+
+def _tensors(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    return pack_examples(examples, pad_id)._asdict()
 
 
 def response_logprobs(
@@ -134,7 +139,7 @@ def train_sft(
             require_finite(
                 {"A log-probability": logprobs_BT, "The loss": share},
                 where="sft",
-                batch=pack_examples(part, pad_id)._asdict(),
+                batch=partial(_tensors, part, pad_id),
             )
             share.backward()
             loss += share.item()
@@ -144,7 +149,7 @@ def train_sft(
             parameters,
             max_grad_norm=config.max_grad_norm,
             where="sft",
-            batch=pack_examples(batch, pad_id)._asdict(),
+            batch=partial(_tensors, batch, pad_id),
         )
         batch_tokens = sum(map(len, batch))
         so_far["epoch_loss"] += loss * token_count

@@ -53,7 +53,7 @@ def test_the_gradient_is_scaled_down_to_the_norm_and_never_up(limit: float, move
     parameters = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
     for parameter, gradient in zip(parameters, (3.0, 4.0), strict=True):
         parameter.grad = torch.full((1,), gradient, dtype=torch.float64)
-    norm = step_clipped(torch.optim.SGD(parameters, lr=1.0), parameters, max_grad_norm=limit, where="x", batch={})
+    norm = step_clipped(torch.optim.SGD(parameters, lr=1.0), parameters, max_grad_norm=limit, where="x", batch=dict)
     assert norm == pytest.approx(5.0, rel=1e-9)  # before clipping
     # clip_grad_norm_ adds 1e-6 to the norm
     assert [-parameter.item() for parameter in parameters] == pytest.approx(moved, rel=1e-6)
@@ -67,7 +67,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_moves_nothing(value: flo
     optimiser, batch = torch.optim.SGD([parameter], lr=1.0), {"ids_BS": torch.ones(2)}
     message = r"The gradient of ppo's policy is (nan|inf), expected a finite number"
     with pytest.raises(TrainingDiverged, match=message) as found:
-        step_clipped(optimiser, [parameter], max_grad_norm=1.0, where="ppo's policy", batch=batch)
+        step_clipped(optimiser, [parameter], max_grad_norm=1.0, where="ppo's policy", batch=lambda: batch)
     assert parameter.tolist() == [1.0, 1.0]
     assert found.value.batch == batch
 
@@ -75,11 +75,13 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_moves_nothing(value: flo
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1e6])
 def test_the_first_quantity_that_went_is_named_and_kept(value: float) -> None:
     fine, gone = torch.tensor([1.0, -999999.0]), torch.tensor([0.0, value, 3.0])
-    require_finite({"A value": fine, "The loss": 2.0}, where="sft", batch={})
+    require_finite({"A value": fine, "The loss": 2.0}, where="sft", batch=dict)
     with pytest.raises(
         TrainingDiverged, match=r"^A score of sft is .*, expected a finite number below 1e\+06"
     ) as found:
-        require_finite({"A value": fine, "A score": gone, "The loss": gone.sum()}, where="sft", batch={"ids": fine})
+        require_finite(
+            {"A value": fine, "A score": gone, "The loss": gone.sum()}, where="sft", batch=lambda: {"ids": fine}
+        )
     assert {name: tensor is gone for name, tensor in found.value.batch.items()} == {
         "ids": False,
         "A value": False,

@@ -170,11 +170,7 @@ def _from_row(row: Any, kind: Kind | None) -> Found:
     fields = dict(row) if isinstance(row, Mapping) else row
     if isinstance(row, Mapping) and isinstance(row.get("responses"), list):
         fields.setdefault("ranks", [1] * len(row["responses"]))  # what a ranking says is not asked for here
-    try:
-        ranking = data.parse_ranking(fields)
-    except data._Bad as bad:  # the one reader of the formats names its complaint in private only
-        field, found, expected = bad.args
-        raise DataError(f"{field}: found {found}, expected {expected}") from None
+    ranking = data.parse_ranking(fields)
     number = len(ranking.responses)
     if number > MOST_RESPONSES or (kind == "compare" and number != 2):
         expected = "2 to compare" if kind == "compare" else f"{MOST_RESPONSES} at most"
@@ -219,11 +215,7 @@ def _from_answers(answers: Sequence[Mapping[str, Any]], policies: tuple[str, str
 def _turns(prompt: Any) -> list[tuple[str, str]]:
     from rlhf_core import data
 
-    try:
-        return list(data.parse_prompt({"prompt": prompt}).prompt)
-    except data._Bad as bad:  # as above
-        field, found, expected = bad.args
-        raise DataError(f"{field}: found {found}, expected {expected}") from None
+    return list(data.parse_prompt({"prompt": prompt}).prompt)
 
 
 def _mapping(name: str, line: int, row: Any) -> Mapping[str, Any]:
