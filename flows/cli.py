@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from flows import feedback, preflight
+from flows.listening import require_free, warn_if_public
 from rlhf_core.errors import ResourceError, RLHFError
 from tasks.environment import record_folder
 from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, workspace_lock
@@ -126,7 +127,7 @@ def ui(
     find_root()
     from tasks.tracking import connect, tracking_uri
 
-    _warn_if_public(host)
+    warn_if_public(host)
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
         typer.echo(f"Runs are recorded by the MLflow server at {uri}; open that.")
@@ -135,7 +136,7 @@ def ui(
     artifacts = record_folder() / "mlartifacts"
     command = ["mlflow", "server", "--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri(),
                "--host", host, "--port", str(port), "--workers", "1"]  # fmt: skip
-    _require_free(host, port, "rlhf ui")
+    require_free(host, port, "rlhf ui")
     typer.echo(f"MLflow: http://{host}:{port}   (Ctrl-C ends it)")
     _exec(command)
 
@@ -156,8 +157,8 @@ def prefect_ui(
     if address := running_server(home):
         typer.echo(f"Prefect already runs: {address.removesuffix('/api')}")
         return
-    _warn_if_public(host)
-    _require_free(host, port, "rlhf prefect-ui")
+    warn_if_public(host)
+    require_free(host, port, "rlhf prefect-ui")
     record_address(home, host, port)
     typer.echo(f"Prefect: http://{host}:{port}   (Ctrl-C ends it)")
     _exec(["prefect", "server", "start", "--host", host, "--port", str(port), "--log-level", "WARNING"])
@@ -284,24 +285,6 @@ def _check_stage(name: str) -> None:
 
 def _usage(message: str) -> NoReturn:
     raise typer.BadParameter(message)
-
-
-def _warn_if_public(host: str) -> None:
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        typer.echo(f"Warning: {host} can be reached from other machines, and there is no password.", err=True)
-
-
-def _require_free(host: str, port: int, command: str) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ResourceError(
-                f"Cannot listen on {host}:{port}: {error.strerror}. Choose another: `{command} --port {port + 1}`"
-            ) from error
 
 
 def _exec(command: list[str]) -> None:

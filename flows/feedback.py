@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.listening import LOOPBACK, require_free
 from rlhf_core.errors import ConfigError, MissingArtifact
 from tasks.environment import record_folder
 from tasks.pipeline import find_root
@@ -14,7 +15,6 @@ from tasks.pipeline import find_root
 if TYPE_CHECKING:
     from rlhf_core.feedback.store import Store
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KINDS = ("rank", "compare")
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -62,11 +62,10 @@ def feedback(
         )
     import uvicorn
 
-    from flows.cli import _require_free  # late: cli.py imports this module
     from rlhf_core.feedback.accounts import secret_key
     from rlhf_core.feedback.app import create_app
 
-    _require_free(host, port, "rlhf feedback")
+    require_free(host, port, "rlhf feedback")
     secret = secret_key(record_folder(find_root()) / "feedback.key")
     page = create_app(store, secret=secret, guideline=text, https=https)
     typer.echo(f"Feedback: http://{host}:{port}   (Ctrl-C ends it)")

@@ -151,7 +151,7 @@ def pairwise_agreement(ratings_AI: ArrayLike) -> list[Pair]:
     return pairs
 
 
-def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
+def wilson(successes: float, trials: int, *, level: float = 0.95) -> Interval:
     """A share with Wilson's score interval.
 
         (k + z²/2 ± z · √(k(n − k)/n + z²/4)) / (n + z²)        z = Φ⁻¹((1 + level) / 2)
@@ -161,7 +161,7 @@ def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
     https://doi.org/10.1214/ss/1009213286
 
     Args:
-        successes, trials: k of n independent trials.
+        successes, trials: k of n independent trials; k may have halves, such as ties.
 
     Returns:
         Mean NaN between 0 and 1 where there is no trial.

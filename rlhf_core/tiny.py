@@ -6,10 +6,11 @@ python -m rlhf_core.tiny FOLDER
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TEXT = Path("data/starter/demonstrations.jsonl")
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -36,24 +37,29 @@ def make_tokenizer(texts: list[str], *, vocabulary: int = 512) -> PreTrainedToke
     return fast
 
 
-def make_tiny(folder: str | Path, texts: list[str], *, seed: int = 0) -> None:
-    """Write a Llama of two layers and 32 dimensions, about 60,000 weights, and its tokenizer."""
-    tokenizer = make_tokenizer(texts)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+def make_llama(tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama of two layers and 32 dimensions for a tokenizer, or as `changes` to its configuration say."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+
+
+def make_tiny(folder: str | Path, texts: list[str], *, seed: int = 0) -> None:
+    """Write a model of about 60,000 weights, and its tokenizer."""
+    tokenizer = make_tokenizer(texts)
+    make_llama(tokenizer, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_core.config import PPO, SFT
@@ -31,7 +31,7 @@ from rlhf_core.ppo import POLICY, VALUE, train_ppo
 from rlhf_core.records import Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.sft import Example, encode_demonstrations, response_logprobs, train_sft
-from rlhf_core.tiny import PAD, TEXT, make_tokenizer
+from rlhf_core.tiny import PAD, TEXT, make_llama, make_tokenizer
 from rlhf_core.tracking import NullTracker, Tracker
 
 SEEDS = (0, 1, 2, 3)
@@ -196,20 +196,9 @@ def words_task() -> Task:
 
 def train_start(task: Task, seed: int, folder: Path) -> Path:
     """The folder of a random model of two layers that has learned the task's demonstrations."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(task.tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=task.tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=task.tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    model = make_llama(task.tokenizer, seed=seed, tie_word_embeddings=False, bos_token_id=None, **sizes)
+    model.save_pretrained(folder / "base")
     task.tokenizer.save_pretrained(folder / "base")
     section = SFT.model_validate({**SFT_SETTINGS, "seed": seed})
     roles = Roles(folder / "base", section)

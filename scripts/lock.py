@@ -12,8 +12,6 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 OWN_TOOLS = ("pip", "setuptools", "wheel")
-
-
 ELSEWHERE = ("async-timeout==5.0.1",)  # what a Python other than this one needs too: redis, below 3.11.3
 
 

@@ -70,5 +70,6 @@ def recipe_workspace(root: Path | None = None) -> tuple[Path, str] | None:
 
 def record_folder(root: Path | None = None) -> Path:
     """Where the databases of MLflow and Prefect lie; a recipe's runs stand beside the project's, whoever began them."""
+    root = root or project_root()
     recipe = recipe_workspace(root)
-    return recipe[0] / ".rlhf" if recipe else (root or project_root()) / ".rlhf"
+    return (recipe[0] if recipe else root) / ".rlhf"

@@ -41,7 +41,7 @@ ENDED = "ended"  # in a folder of checkpoints: the journal of the run that ended
 KEPT_CONFIGURATIONS = 2  # of a stage, whose checkpoints wait beside the present one's
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MIN_FREE_GB = 3.0  # a run's weights and caches; RLHF_MIN_FREE_GB overrides
-_TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
+TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
 
 
 class Killed(BaseException):
@@ -95,7 +95,7 @@ class History:
 
     def csv(self) -> str:
         """All steps as CSV; columns sorted, numbers exact, no timings."""
-        names = sorted({name for row in self.steps.values() for name in row if not name.endswith(_TIMINGS)})
+        names = sorted({name for row in self.steps.values() for name in row if not name.endswith(TIMINGS)})
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *names])

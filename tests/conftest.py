@@ -12,14 +12,12 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from rlhf_core.config import PPO, SFT, Evaluate, Prepare, Reward
-from rlhf_core.tiny import make_tokenizer
+from rlhf_core.tiny import make_llama, make_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[1]
 TEXTS = [
@@ -181,23 +179,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 
 def write_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Path:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )
-    torch.manual_seed(0)
-    return _write(LlamaForCausalLM(config), tokenizer, folder)
+    sizes = {"num_hidden_layers": 3, "max_position_embeddings": 256, "initializer_range": 0.2}
+    return _write(make_llama(tokenizer, tie_word_embeddings=False, **sizes, **changes), tokenizer, folder)
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from toy import PROJECT, make_toy
 from typer.testing import CliRunner
 
 from flows import cli, preflight
+from flows.listening import require_free
 from flows.recipe import make_workspace
 from rlhf_core.errors import MissingArtifact, ResourceError
 from tasks.pipeline import STAGES
@@ -66,7 +67,7 @@ def test_a_taken_port_names_the_next() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=rf"Choose another: `rlhf ui --port {port + 1}`"):
-            cli._require_free("127.0.0.1", port, "rlhf ui")
+            require_free("127.0.0.1", port, "rlhf ui")
 
 
 def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ OWNERS = {  # tool → where it may be imported
     "mlflow": ("tasks/tracking.py",),
     "dvc": ("tasks/pipeline.py", "tasks/lineage.py"),
     "dvc_data": ("tasks/lineage.py",),
-    "typer": ("flows/cli.py", "flows/feedback.py"),
+    "typer": ("flows/cli.py", "flows/feedback.py", "flows/listening.py"),
     "fastapi": ("rlhf_core/feedback/",),
     "starlette": ("rlhf_core/feedback/",),
     "uvicorn": ("flows/feedback.py",),

@@ -15,21 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
-from toy import PROJECT
+from toy import PROJECT, child_environment, store
 
 from flows.recipe import make_workspace
 from tasks.pipeline import apply_overrides
-from tasks.stage import ENDED
+from tasks.stage import ENDED, TIMINGS
 
 pytestmark = [pytest.mark.resume, pytest.mark.timeout(1800)]
 
 KILLS = 10
 LONGER = ["sft.epochs=4", "reward.epochs=4", "ppo.updates=16"]  # so that there is something to interrupt
-TIMINGS = ("_per_second", "_seconds", "/seconds")
-
-
-def store(folder: Path) -> str:
-    return f"sqlite:///{folder}/mlflow.db"
 
 
 def workspace(folder: Path) -> Path:
@@ -39,8 +34,7 @@ def workspace(folder: Path) -> Path:
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "MLFLOW_TRACKING_URI": store(folder), "RLHF_MIN_FREE_GB": "0.5"}
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    env = child_environment(folder)
     with (folder / "repro.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=env, stdout=log, stderr=log)
 

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from toy import PROJECT
+from toy import PROJECT, child_environment, store
 
 from flows.recipe import make_workspace
 from rlhf_core.config import load_params
@@ -22,17 +21,11 @@ PAIR_KEYS = {"gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "length
 
 
 def dvc(folder: Path, *arguments: str) -> str:
-    env = {**os.environ, "MLFLOW_TRACKING_URI": store(folder), "RLHF_MIN_FREE_GB": "0.5"}
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-    env.pop("DVC_ROOT", None)
+    env = child_environment(folder)
     command = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def store(folder: Path) -> str:
-    return f"sqlite:///{folder}/mlflow.db"
 
 
 @pytest.fixture(scope="module")

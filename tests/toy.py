@@ -1,5 +1,6 @@
 """A workspace with the pipeline's five stages, each a script that copies its input: what tests of the doors run."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -68,3 +69,16 @@ def dvc(folder: Path, *arguments: str) -> str:
     """The output of a dvc command in the workspace."""
     command = [sys.executable, "-m", "dvc", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def store(folder: Path) -> str:
+    """The address of a workspace's own MLflow store."""
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def child_environment(folder: Path) -> dict[str, str]:
+    """For a `dvc repro` of real stages in a workspace: this Python, its own store, no project around it."""
+    env = {**os.environ, "MLFLOW_TRACKING_URI": store(folder), "RLHF_MIN_FREE_GB": "0.5"}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    env.pop("DVC_ROOT", None)
+    return env

@@ -1,7 +1,6 @@
 """What the judgements say: win rates with intervals, and how people judged."""
 
 from collections.abc import Callable, Sequence
-from math import sqrt
 from typing import NamedTuple
 
 from sqlalchemy import select
@@ -9,8 +8,6 @@ from sqlalchemy.orm import Session, joinedload
 
 from rlhf_core.feedback.judging import LIVE, Kind
 from rlhf_core.feedback.store import Item, Judgement
-
-Z = 1.959964  # 95 %
 
 
 class Rate(NamedTuple):
@@ -70,19 +67,6 @@ def habits(session: Session, kind: Kind) -> list[Habit]:
     return [_habit("all", judged), *(_habit(who, part) for who, part in _by_annotator(judged).items())]
 
 
-def wilson_interval(mean: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share: unlike p ± z·se it keeps a width at 0 and 1, and holds for a handful of cases.
-
-        (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
-
-    Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953
-    """
-    centre = mean + Z * Z / (2 * count)
-    half = Z * sqrt(mean * (1 - mean) / count + Z * Z / (4 * count * count))
-    scale = 1 + Z * Z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
 def _rate(who: str, judged: Sequence[Judgement], pair: tuple[str, str]) -> Rate:
     outcomes = [_outcome(judgement, pair[0]) for judgement in judged]
     # Several people on one prompt, or several answers to it, are not independent: the interval counts prompts.
@@ -92,7 +76,9 @@ def _rate(who: str, judged: Sequence[Judgement], pair: tuple[str, str]) -> Rate:
     means = [sum(part) / len(part) for part in by_prompt.values()]
     mean = sum(means) / len(means)
     bad = sum(judgement.verdict == "none" for judgement in judged)
-    low, high = wilson_interval(mean, len(means))
+    from rlhf_core.agreement import wilson  # it brings scikit-learn, which takes a second or two
+
+    _, low, high = wilson(sum(means), len(means))
     return Rate(
         who, mean, low, high, wins=outcomes.count(1.0), ties=outcomes.count(0.5) - bad, both_bad=bad,
         losses=outcomes.count(0.0), prompts=len(means),

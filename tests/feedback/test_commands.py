@@ -53,7 +53,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     hosts: list[str] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, *, host, **options: hosts.append(host))
-    monkeypatch.setattr(cli, "_require_free", lambda *_: None)
+    monkeypatch.setattr(feedback, "require_free", lambda *_: None)
     return hosts
 
 

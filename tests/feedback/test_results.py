@@ -7,7 +7,8 @@ from people import Person
 from scipy.stats import binomtest
 from sqlalchemy import select
 
-from rlhf_core.feedback.results import comparisons, habits, wilson_interval
+from rlhf_core.agreement import wilson
+from rlhf_core.feedback.results import comparisons, habits
 from rlhf_core.feedback.store import Item, Store
 
 Browser = Callable[..., Person]
@@ -16,9 +17,7 @@ Browser = Callable[..., Person]
 @pytest.mark.parametrize(("wins", "count"), [(0, 3), (3, 3), (7, 12), (106, 212)])
 def test_the_interval_is_wilsons(wins: int, count: int) -> None:
     reference = binomtest(wins, count).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(wins / count, count) == pytest.approx(
-        (reference.low, reference.high), abs=1e-7
-    )  # z's digits
+    assert wilson(wins, count)[1:] == pytest.approx((reference.low, reference.high), abs=1e-7)  # z's digits
 
 
 def choose(person: Person, store: Store, winner: str, client_id: str) -> None:
