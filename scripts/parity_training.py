@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 
 from rlhf_core.config import SFT, Reward, load_params
-from rlhf_core.data import _Bad, parse_ranking, read_rows
+from rlhf_core.data import BadField, parse_ranking, read_rows
 from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.optimisation import epochs_of
 from rlhf_core.records import Demonstration, Ranking
@@ -67,7 +67,7 @@ def usable_pairs(file: str) -> tuple[list[Ranking], int]:
     for _, row in read_rows(file):
         try:
             pairs.append(parse_ranking(row))
-        except _Bad:
+        except BadField:
             bad += 1
     return sorted(pairs, key=_place), bad
 
