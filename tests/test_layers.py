@@ -65,14 +65,17 @@ EVERYWHERE = {"config", "errors", "tracking"}  # values are DVC params; messages
 
 
 def core_modules(path: Path, found: set[str]) -> set[str]:
-    """Every module of rlhf_core that a file imports, and what those import."""
+    """Every module of rlhf_core that a file imports, and what those import; a package.s by its own name."""
     for module in imports(path):
-        top, _, rest = module.partition(".")
-        name = rest.partition(".")[0]
-        if top == "rlhf_core" and name and name not in found:
+        top, *parts = module.split(".")
+        if top != "rlhf_core" or not parts:
+            continue
+        inside = PROJECT.joinpath("rlhf_core", *parts).with_suffix(".py")
+        name = parts[0] if parts[0] == "functional" else parts[-1]
+        if name not in found:
             found.add(name)
             if name != "functional":
-                core_modules(PROJECT / "rlhf_core" / f"{name}.py", found)
+                core_modules(inside, found)
     return found
 
 

@@ -1,5 +1,5 @@
-"""Where people rank responses and compare policies, for `rlhf feedback`.
+"""Who says which response is better: people, on the pages of `rlhf feedback`; rules; and models that judge.
 
-A web application of its own: no stage imports it, and it reads files and writes files like any other source of
-rankings. Collecting responses from a model is left out.
+The pages are a web application of their own, which no stage imports: it reads files and writes files like any other
+source of rankings. Collecting responses from a model is left out.
 """
