@@ -7,6 +7,7 @@ Where a default comes from is told beside the field's meaning.
 import difflib
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -187,6 +188,58 @@ class Evaluate(Section):
     report_prompts: int = Field(ge=1, description="Prompts shown side by side in the report.")
 
 
+class Judge(Section):
+    """What judges in a person's place, for `rlhf judge-check` and wherever an annotator may be a model."""
+
+    kind: Literal["endpoint", "local", "reward", "rule"] = Field(
+        description="A chat endpoint in OpenAI's form, a language model on this machine, a reward model, or a rule."
+    )
+    model: str = Field(
+        min_length=1,
+        description="endpoint: the model's name there; local and reward: a model folder; rule: the rule's name.",
+    )
+    url: str = Field(
+        description="endpoint: what comes before /chat/completions, such as http://127.0.0.1:8080/v1; else empty. A "
+        "key is read from the environment variable RLHF_JUDGE_KEY and from nowhere else."
+    )
+    axes: tuple[str, ...] = Field(
+        description="endpoint: what is graded beside the choice, 1 to 5 a response, such as helpfulness; may be empty."
+    )
+    seed: int = Field(ge=0, description="Draws the pairs that a judge is checked on, and seeds rule random.")
+    bar: float = Field(
+        ge=0,
+        le=1,
+        description="The lower end of a judge's agreement with known rankings must reach this, or it is refused as an "
+        "annotator; 0 takes any judge. A coin has 0.5.",
+    )
+    check_pairs: int = Field(ge=1, description="Pairs with a known answer that a judge is checked on before its work.")
+    temperature: float = Field(ge=0, description="endpoint: sampling temperature of its answers; 0 for the likeliest.")
+    answer_tokens: int = Field(ge=16, description="endpoint: longest answer. Tokens; models that think need thousands.")
+    concurrency: int = Field(ge=1, le=256, description="endpoint: requests under way at a time.")
+    requests_per_minute: float = Field(ge=0, description="endpoint: at most so many begin a minute; 0 for no limit.")
+    timeout: float = Field(gt=0, description="endpoint: seconds that a whole answer may take.")
+    retries: int = Field(
+        ge=0,
+        description="endpoint: how often a request is tried again after 429, 5xx, a timeout, a broken line.",
+    )
+    prompt_price: float = Field(ge=0, description="endpoint: price of a million tokens sent, in your money; 0 if free.")
+    answer_price: float = Field(ge=0, description="endpoint: price of a million tokens answered; 0 if free.")
+    max_cost: float = Field(gt=0, description="endpoint: most that one run may spend, in the same money.")
+
+    @model_validator(mode="after")
+    def _names_an_endpoint(self) -> "Judge":
+        if self.kind != "endpoint":
+            if self.url:
+                raise ValueError(f"url {self.url} is for kind endpoint; kind {self.kind} asks no server")
+            return self
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url {self.url!r} is no address; expected one such as http://127.0.0.1:8080/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("url holds more than an address; keys belong into the variable RLHF_JUDGE_KEY alone")
+        return self
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -199,6 +252,7 @@ class Params(Section):
     reward: Reward
     ppo: PPO
     evaluate: Evaluate
+    judge: Judge
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

@@ -27,6 +27,14 @@ class ResourceError(RLHFError, RuntimeError):
     """The machine cannot do it: disk, memory, a lock held by another run, a Python that is too old."""
 
 
+class JudgeStopped(RLHFError, RuntimeError):
+    """A judge had to stop before its last item; what it said is kept, and the same call goes on from there."""
+
+
+class JudgeRefused(RLHFError, ValueError):
+    """A judge agrees too little with rankings that are known to be trusted with others."""
+
+
 class TrainingDiverged(RLHFError, ArithmeticError):
     """A loss or a gradient is not a number any more.
 

@@ -106,6 +106,12 @@ def context_length(folder: str | Path) -> int:
     return int(getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or 10**9)
 
 
+def base_of(folder: str | Path) -> Path:
+    """The model folder that a LoRA folder was trained on; any other folder itself."""
+    folder = Path(folder)
+    return _below(folder) if (folder / "adapter_config.json").is_file() else folder
+
+
 def load_policy(folder: str | Path) -> PreTrainedModel:
     """A causal language model, in eval mode and float32, with its chain of adapters merged in.
 

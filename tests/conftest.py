@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_core.config import PPO, SFT, Evaluate, Prepare, Reward
+from rlhf_core.config import PPO, SFT, Evaluate, Judge, Prepare, Reward
 from rlhf_core.tiny import make_llama, make_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -114,6 +114,27 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "response_tokens": 6,
             "bootstrap_samples": 100,
             "report_prompts": 2,
+        },
+    ),
+    "judge": (
+        Judge,
+        {
+            "kind": "endpoint",
+            "model": "tiny-judge",
+            "url": "http://127.0.0.1:9/v1",
+            "axes": [],
+            "seed": 0,
+            "bar": 0.55,
+            "check_pairs": 100,
+            "temperature": 0.0,
+            "answer_tokens": 100,
+            "concurrency": 1,
+            "requests_per_minute": 0,
+            "timeout": 0.15,
+            "retries": 2,
+            "prompt_price": 1.0,
+            "answer_price": 2.0,
+            "max_cost": 100.0,
         },
     ),
 }

@@ -8,11 +8,11 @@ import pydantic
 import pytest
 import yaml
 
-from rlhf_core.config import PPO, SFT, Evaluate, Params, Prepare, Reward, check_params, load_params
+from rlhf_core.config import PPO, SFT, Evaluate, Judge, Params, Prepare, Reward, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 
 PROJECT = Path(__file__).resolve().parents[1]
-SECTIONS = {"prepare": Prepare, "sft": SFT, "reward": Reward, "ppo": PPO, "evaluate": Evaluate}
+SECTIONS = {"prepare": Prepare, "sft": SFT, "reward": Reward, "ppo": PPO, "evaluate": Evaluate, "judge": Judge}
 KEYS = [(name, key) for name, kind in SECTIONS.items() for key in kind.model_fields]
 
 
@@ -135,6 +135,20 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("evaluate", "bootstrap_samples", 99),
         ("evaluate", "report_prompts", 0),
         ("evaluate", "samples_per_prompt", 0),
+        ("judge", "kind", "person"),
+        ("judge", "model", ""),
+        ("judge", "bar", 1.1),
+        ("judge", "bar", -0.1),
+        ("judge", "check_pairs", 0),
+        ("judge", "temperature", -1),
+        ("judge", "answer_tokens", 15),
+        ("judge", "concurrency", 0),
+        ("judge", "requests_per_minute", -1),
+        ("judge", "timeout", 0),
+        ("judge", "retries", -1),
+        ("judge", "prompt_price", -1),
+        ("judge", "answer_price", -1),
+        ("judge", "max_cost", 0),
     ],
 )
 def test_an_impossible_value_is_named_with_its_key(raw: dict[str, Any], section: str, key: str, value: Any) -> None:
@@ -238,3 +252,26 @@ def test_what_is_no_mapping_of_sections_is_refused(tmp_path: Path, text: str, me
 def test_the_error_is_also_the_builtin_that_a_caller_would_catch(raw: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="unknown key"):
         check_params({**raw, "x": 1})
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("", "url '' is no address"),
+        ("127.0.0.1:8080", "is no address"),
+        ("ftp://127.0.0.1/v1", "is no address"),
+        ("https://me:sk-secret@judge.example/v1", "keys belong into the variable RLHF_JUDGE_KEY alone"),
+        ("https://judge.example/v1?key=sk-secret", "keys belong into the variable RLHF_JUDGE_KEY alone"),
+    ],
+)
+def test_an_endpoint_has_an_address_and_no_key(raw: dict[str, Any], url: str, why: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_params(changed(raw, "judge", kind="endpoint", url=url))
+    assert why in str(error.value)
+    assert "sk-secret" not in str(error.value)
+    assert check_params(changed(raw, "judge", kind="endpoint", url="http://127.0.0.1:8080/v1")).judge.axes == ()
+
+
+def test_an_address_without_an_endpoint_is_a_mistake(raw: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="url http://a is for kind endpoint; kind rule asks no server"):
+        check_params(changed(raw, "judge", kind="rule", url="http://a"))

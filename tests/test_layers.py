@@ -13,13 +13,15 @@ OWNERS = {  # tool → where it may be imported
     "mlflow": ("tasks/tracking.py",),
     "dvc": ("tasks/pipeline.py", "tasks/lineage.py"),
     "dvc_data": ("tasks/lineage.py",),
-    "typer": ("flows/cli.py", "flows/feedback.py", "flows/listening.py"),
+    "typer": ("flows/cli.py", "flows/feedback.py", "flows/judge.py", "flows/listening.py"),
     "fastapi": ("rlhf_core/feedback/",),
     "starlette": ("rlhf_core/feedback/",),
     "uvicorn": ("flows/feedback.py",),
     "sqlalchemy": ("rlhf_core/feedback/",),
     "alembic": ("rlhf_core/feedback/",),
     "itsdangerous": ("rlhf_core/feedback/",),
+    "httpx": ("rlhf_core/feedback/chat.py",),
+    "sqlite3": ("rlhf_core/feedback/",),
     "jinja2": ("rlhf_core/report.py", "rlhf_core/feedback/"),
 }
 FORBIDDEN = {"rlhf_core": ("tasks", "flows"), "tasks": ("flows",), "flows": ()}
