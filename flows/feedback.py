@@ -1,4 +1,4 @@
-"""The commands of `rlhf feedback`: serve the pages, add people, import items, export rankings."""
+"""The commands of `rlhf feedback`: serve the pages, add people, import items, export what was said."""
 
 import getpass
 import sys
@@ -15,7 +15,8 @@ from tasks.pipeline import find_root
 if TYPE_CHECKING:
     from rlhf_core.feedback.store import Store
 
-KINDS = ("rank", "compare")
+KINDS = ("rank", "compare", "write")
+EXPORTS = ("rankings", "demonstrations", "pairs")
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=HELP)
@@ -38,9 +39,12 @@ def feedback(
     guideline: Annotated[
         str | None, typer.Option(metavar="FILE", help="What people judge by, in Markdown; one that ships if not given.")
     ] = None,
+    daily: Annotated[
+        int, typer.Option(min=0, help="Judgements of a kind that each person is asked for a day; 0: all there are.")
+    ] = 0,
     https: Annotated[bool, typer.Option("--https", help="Behind a proxy with TLS: cookies over HTTPS alone.")] = False,
 ) -> None:
-    """Serve the pages on which people rank responses and compare policies. Ctrl-C ends it.
+    """Serve the pages on which people rank responses, compare policies and write. Ctrl-C ends it.
 
     On this machine alone, with no accounts, nobody has to log in. Another --host needs an account with a password.
 
@@ -67,7 +71,8 @@ def feedback(
 
     require_free(host, port, "rlhf feedback")
     secret = secret_key(record_folder(find_root()) / "feedback.key")
-    page = create_app(store, secret=secret, guideline=text, https=https)
+    artifacts = find_root() / "artifacts"
+    page = create_app(store, secret=secret, guideline=text, https=https, a_day=daily, artifacts=artifacts)
     typer.echo(f"Feedback: http://{host}:{port}   (Ctrl-C ends it)")
     if not store.has_login():
         typer.echo("Nobody has a password: whoever sits at this machine is its admin, without login.")
@@ -107,10 +112,16 @@ def import_items(
     second_file: Annotated[
         str | None, typer.Argument(metavar="SECOND", help="Compare with this file's responses, prompt by prompt.")
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="rank or compare; what the rows are if not given.")] = None,
+    kind: Annotated[str | None, typer.Option(help="rank, compare or write; what the rows are if not given.")] = None,
     policies: Annotated[str, typer.Option(metavar="A,B", help="Whose answers are compared.")] = "ppo,sft",
     how: Annotated[str, typer.Option(help="Which answers: sampled or greedy.")] = "sampled",
     overlap: Annotated[int, typer.Option(min=1, max=20, help="How many people judge each item.")] = 1,
+    axes: Annotated[
+        str, typer.Option(metavar="A,B", help="Score each response to rank from 1 to 5 on these axes too.")
+    ] = "",
+    gold: Annotated[
+        bool, typer.Option("--gold", help="The file's ranks are known to be right: annotators are measured by them.")
+    ] = False,
     database: Database = None,
 ) -> None:
     """Add items to judge. A file that was imported before adds nothing.
@@ -118,9 +129,10 @@ def import_items(
     - `rlhf feedback import data/starter/rankings.jsonl` gives rows with `responses` to be ranked
     - `rlhf feedback import artifacts/evaluate/answers.jsonl --policies ppo,base` compares two policies
     - `rlhf feedback import mine.jsonl theirs.jsonl` compares two files of `prompt` and `response`
+    - `rlhf feedback import prompts.jsonl --kind write` asks for a response to each prompt, or to correct the one given
     """
     if kind not in (None, *KINDS):
-        raise typer.BadParameter(f"Found --kind {kind!r}, expected rank or compare.")
+        raise typer.BadParameter(f"Found --kind {kind!r}, expected rank, compare or write.")
     first, _, second = policies.partition(",")
     if not first or not second or "," in second:
         raise typer.BadParameter(f"Found --policies {policies!r}, expected two names such as ppo,sft.")
@@ -131,10 +143,10 @@ def import_items(
         others = exchange.read_file(second_file)
         items = exchange.pair_files((exchange.label(file), rows), (exchange.label(second_file), others))
     else:
-        items = exchange.find_items(file, rows, kind=kind, policies=(first, second), how=how)
+        items = exchange.find_items(file, rows, kind=kind, policies=(first, second), how=how, gold=gold)
     store = _open(database or context.obj)
     with store.session() as session:
-        imported = exchange.add_items(session, items, overlap=overlap)
+        imported = exchange.add_items(session, items, overlap=overlap, axes=exchange.names(axes))
     store.close()
     typer.echo(str(imported))
 
@@ -142,21 +154,27 @@ def import_items(
 @app.command()
 def export(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Where the rankings are written.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Where the rows are written.")],
+    what: Annotated[str, typer.Option(help="rankings, demonstrations or pairs.")] = "rankings",
     database: Database = None,
 ) -> None:
-    """Write what was judged as rankings, which `prepare.rankings` in params.yaml can name.
+    """Write what people said, in the formats that `prepare` in params.yaml reads.
 
-    - `rlhf feedback export data/human.jsonl`
+    - `rlhf feedback export data/human.jsonl`: what was ranked and compared, as rankings
+    - `rlhf feedback export data/written.jsonl --what demonstrations`: what was written or corrected
+    - `rlhf feedback export data/corrected.jsonl --what pairs`: each correction, better than what was corrected
     """
+    if what not in EXPORTS:
+        raise typer.BadParameter(f"Found --what {what!r}, expected rankings, demonstrations or pairs.")
     from rlhf_core.feedback import exchange
+    from tasks.stage import write_text
 
     store = _open(database or context.obj)
     with store.session() as session:
-        lines = exchange.as_lines(exchange.export_rankings(session))
+        lines = exchange.as_lines(exchange.EXPORTS[what](session))
     store.close()
-    Path(file).write_text(lines, encoding="utf-8")
-    typer.echo(f"{file}: {lines.count(chr(10))} rankings.")
+    write_text(Path(file), lines)
+    typer.echo(f"{file}: {lines.count(chr(10))} {what}.")
 
 
 def _open(database: str | None) -> "Store":

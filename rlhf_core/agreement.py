@@ -4,7 +4,7 @@ Pure: plain numbers and numpy arrays in, plain numbers out; randomness comes fro
 Leaves out where judgements come from, and any correction for an annotator who is found wanting.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from statistics import NormalDist
 from typing import Literal, NamedTuple, get_args
@@ -77,7 +77,13 @@ def table(judgements: Sequence[tuple[Hashable, Hashable, float]]) -> Table:
 
 
 def krippendorff_alpha(
-    ratings_AI: ArrayLike, *, metric: Metric, samples: int = 1000, seed: int = 0, level: float = 0.95
+    ratings_AI: ArrayLike,
+    *,
+    metric: Metric,
+    clusters: Sequence[Hashable] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
     """Krippendorff's α: 1 all agree, 0 as chance would, below 0 they contradict one another.
 
@@ -94,25 +100,35 @@ def krippendorff_alpha(
     Args:
         ratings_AI: (A, I) any finite numbers, NaN where annotator a did not rate item i.
         metric: what a disagreement weighs: nominal for labels, ordinal for ranks, interval for amounts.
+        clusters: (I,) which items are drawn together, such as the responses of one prompt; each by itself if None.
         samples, seed, level: as `rlhf_core.statistics.cluster_bootstrap`.
 
     Returns:
         NaN where all ratings are equal: agreement and chance cannot be told apart.
 
     Raises:
-        ValueError: the matrix is no matrix, no item has two ratings, or metric is unknown.
+        ValueError: the matrix is no matrix, no item has two ratings, metric is unknown, or clusters are
+            not one an item.
     """
     if metric not in get_args(Metric):
         raise ValueError(f"metric is {metric}; expected one of {', '.join(get_args(Metric))}")
     if samples < 1:
         raise ValueError(f"samples is {samples}; expected 1 or more")
     _check_level(level)
-    values, counts_IV = _pairable_counts(_matrix(ratings_AI))
+    ratings = _matrix(ratings_AI)
+    if clusters is not None and len(clusters) != ratings.shape[1]:
+        raise ValueError(f"clusters has {len(clusters)} entries; expected {ratings.shape[1]}, one an item")
+    kept_I, values, counts_IV = _pairable_counts(ratings)
     pairs_IVV = counts_IV[:, :, None] * (counts_IV[:, None, :] - np.eye(len(values)))
     coincidences_IVV = pairs_IVV / (counts_IV.sum(axis=1) - 1)[:, None, None]
     alpha = float(_alpha(coincidences_IVV.sum(axis=0), values, metric))
 
-    items = len(counts_IV)
+    if clusters is not None:
+        _, cluster_I = np.unique([str(clusters[item]) for item in kept_I], return_inverse=True)
+        by_cluster = np.zeros((cluster_I.max() + 1, len(values), len(values)))
+        np.add.at(by_cluster, cluster_I, coincidences_IVV)
+        coincidences_IVV = by_cluster
+    items = len(coincidences_IVV)
     times_SI = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=samples)
     resampled_SVV = np.tensordot(times_SI, coincidences_IVV, axes=1)
     alphas = _alpha(resampled_SVV, values, metric)
@@ -174,11 +190,44 @@ def wilson(successes: float, trials: int, *, level: float = 0.95) -> Interval:
     _check_level(level)
     if trials == 0:
         return Interval(float("nan"), 0.0, 1.0)
+    return _wilson(successes / trials, trials, level)
+
+
+def _wilson(share: float, trials: float, level: float) -> Interval:
+    _check_level(level)
     z = NormalDist().inv_cdf((1 + level) / 2)
-    centre = successes + z * z / 2
-    reach = z * float(np.sqrt(successes * (trials - successes) / trials + z * z / 4))
+    centre = share * trials + z * z / 2
+    reach = z * float(np.sqrt(share * (1 - share) * trials + z * z / 4))
     low, high = (centre - reach) / (trials + z * z), (centre + reach) / (trials + z * z)
-    return Interval(successes / trials, max(0.0, low), min(1.0, high))  # at 0 and n they miss the end by rounding
+    return Interval(share, max(0.0, low), min(1.0, high))  # at 0 and n they miss the end by rounding
+
+
+def mean_interval(outcomes: ArrayLike, *, level: float = 0.95) -> Interval:
+    """The mean of outcomes between 0 and 1, such as prompts of which some are tied, with Wilson's interval.
+
+        wilson(p · n_e, n_e)        n_e = n · p(1 − p)(n + 2) / (n s² + 2 p(1 − p))        s² = Σ (x_i − p)² / n
+
+    n_e is how many outcomes that are all won or lost would tell as much: Kish's effective sample size, with two such
+    outcomes put in, so that n_e stays finite. Where all are 0 or 1 it is n, and the interval is `wilson`'s. Ties tell
+    more than that, and the interval is narrower; counted as halves in `wilson` they would make one of 95 % hold the
+    truth in 98 %.
+    Kish 1965, Survey Sampling, §8.2; Korn & Graubard 1998, Survey Methodology 24, p. 193, for its use in an interval.
+
+    Args:
+        outcomes: (N,) in [0, 1], independent: one a prompt, the mean where a prompt was judged more than once.
+
+    Returns:
+        Mean NaN between 0 and 1 where there is none.
+    """
+    won = _checked_outcomes(outcomes)
+    number = won.size
+    if not number:
+        return Interval(float("nan"), 0.0, 1.0)
+    mean = float(won.mean())
+    binary = mean * (1 - mean)
+    effective = number * binary * (number + 2) / (number * float(won.var()) + 2 * binary) if binary > 0 else number
+    _, low, high = _wilson(mean, effective, level)
+    return Interval(mean, low, high)
 
 
 def side_bias(choices: ArrayLike, annotators: Sequence[Hashable], *, level: float = 0.95) -> dict[Hashable, Bias]:
@@ -223,7 +272,9 @@ def length_bias(
     return _shares((chosen == 1) == (difference > 0), (chosen != 0.5) & (difference != 0), annotators, level)
 
 
-def completed_prompts(outcomes: ArrayLike, prompts: Sequence[Hashable], *, judgements: int) -> Array:
+def completed_prompts(
+    outcomes: ArrayLike, prompts: Sequence[Hashable], *, judgements: int | Mapping[Hashable, int]
+) -> Array:
     """The mean outcome of each prompt that has all its judgements, in the order in which prompts were completed.
 
     Judgements of one prompt resemble each other, and the sequential test must not count them as news each time. Feed
@@ -233,7 +284,7 @@ def completed_prompts(outcomes: ArrayLike, prompts: Sequence[Hashable], *, judge
     Args:
         outcomes: (N,) in [0, 1], in the order in which they were judged.
         prompts: (N,) which prompt each belongs to.
-        judgements: how many each prompt gets.
+        judgements: how many each prompt gets, one number for all or one each.
 
     Returns:
         (P,) means, ready for `judged_so_far`.
@@ -241,15 +292,17 @@ def completed_prompts(outcomes: ArrayLike, prompts: Sequence[Hashable], *, judge
     won = _checked_outcomes(outcomes)
     if won.shape != (len(prompts),):
         raise ValueError(f"outcomes has shape {won.shape} and prompts {len(prompts)} entries; expected the same number")
-    if judgements < 1:
-        raise ValueError(f"judgements is {judgements}; expected 1 or more")
+    each = judgements if isinstance(judgements, Mapping) else dict.fromkeys(prompts, judgements)
+    fewest = min(each.values()) if isinstance(judgements, Mapping) else judgements
+    if fewest < 1 or not each.keys() >= set(prompts):
+        raise ValueError(f"judgements is {judgements}; expected 1 or more, for every prompt")
     collected: dict[Hashable, list[float]] = {}
     means = []
     for outcome, prompt in zip(won.tolist(), prompts, strict=True):
         seen = collected.setdefault(prompt, [])
         seen.append(outcome)
-        if len(seen) == judgements:
-            means.append(sum(seen) / judgements)
+        if len(seen) == each[prompt]:
+            means.append(sum(seen) / len(seen))
     return np.array(means)
 
 
@@ -349,13 +402,14 @@ def _interval_end(won: Array, inside: float, outside: float, threshold: float) -
     return outside
 
 
-def _pairable_counts(ratings_AI: Array) -> tuple[Array, Array]:
-    """The values that occur, and how often each item with two ratings or more got each."""
-    kept = ratings_AI[:, (~np.isnan(ratings_AI)).sum(axis=0) >= 2]
+def _pairable_counts(ratings_AI: Array) -> tuple[NDArray[np.intp], Array, Array]:
+    """Which items have two ratings or more, the values that occur in them, and how often each item got each."""
+    kept_I = np.flatnonzero((~np.isnan(ratings_AI)).sum(axis=0) >= 2)
+    kept = ratings_AI[:, kept_I]
     if not kept.size:
         raise ValueError("found no item with two ratings; agreement needs some")
     values = np.unique(kept[~np.isnan(kept)])
-    return values, (kept[:, :, None] == values).sum(axis=0).astype(np.float64)
+    return kept_I, values, (kept[:, :, None] == values).sum(axis=0).astype(np.float64)
 
 
 def _alpha(coincidences_VV: Array, values: Array, metric: Metric) -> Array:

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_core.agreement import BETS, STAKES, judged_so_far, krippendorff_alpha, log_e_values, wilson
+from rlhf_core.agreement import BETS, STAKES, judged_so_far, krippendorff_alpha, log_e_values, mean_interval, wilson
 
 Array = NDArray[np.float64]
 RUNS = 2000
@@ -109,6 +109,24 @@ def wilson_covers() -> float:
     return float(np.mean([part.low <= rate <= part.high for part, rate in zip(found, rates, strict=True)]))
 
 
+def win_rate_covers(ties: float, each: int, runs: int = RUNS) -> float:
+    """Share of 2000 tests of two policies in which the win rate's interval held the truth: 30 to 200 prompts.
+
+    Each prompt is judged `each` times; its own rate is a quarter above or below the mean, which is 0.3 to 0.7 before
+    ties. Ties come to every judgement alike.
+    """
+    rng = np.random.default_rng([6, each, round(100 * ties)])
+    hits = 0
+    for _ in range(runs):
+        prompts, mean = int(rng.integers(30, 201)), rng.uniform(0.3, 0.7)
+        rates = mean + np.where(rng.random(prompts) < 0.5, 0.25, -0.25)
+        won = (rng.random((prompts, each)) < rates[:, None]).astype(np.float64)
+        won = np.where(rng.random(won.shape) < ties, 0.5, won)
+        found = mean_interval(won.mean(axis=1), level=LEVEL)
+        hits += found.low <= ties / 2 + (1 - ties) * mean <= found.high
+    return hits / runs
+
+
 def alpha_covers(items: int, runs: int = 400) -> float:
     """Share of runs in which α's interval holds α of endless items: 3 annotators, each right 8 times of 10, 1 of 5 out.
 
@@ -169,6 +187,10 @@ def report() -> str:
     lines += lines_of(
         "Other 95 % intervals held the truth",
         [
+            f"{'win rate':<32}{percent(win_rate_covers(0.0, 1))}",
+            f"{'win rate, 30 % ties':<32}{percent(win_rate_covers(0.3, 1))}",
+            f"{'win rate, 3 judgements each':<32}{percent(win_rate_covers(0.0, 3))}",
+            f"{'the same, 30 % ties':<32}{percent(win_rate_covers(0.3, 3))}",
             f"{'side and length bias (Wilson)':<32}{percent(wilson_covers())}",
             *(f"{f'alpha of {items} items (bootstrap)':<32}{percent(alpha_covers(items))}" for items in (30, 100)),
         ],

@@ -20,6 +20,7 @@ from rlhf_core.agreement import (
     krippendorff_alpha,
     length_bias,
     log_e_values,
+    mean_interval,
     pairwise_agreement,
     side_bias,
     table,
@@ -453,6 +454,43 @@ def test_prompts_come_in_the_order_in_which_they_were_completed() -> None:
     assert completed_prompts([], [], judgements=2).tolist() == []
 
 
+def test_each_prompt_may_want_a_number_of_its_own() -> None:
+    means = completed_prompts([1, 0, 1, 1, 0], ["a", "b", "b", "a", "c"], judgements={"a": 2, "b": 1, "c": 2})
+    assert means.tolist() == [0, 1]  # b by its first, then a; c still lacks one
+    with pytest.raises(ValueError, match="for every prompt"):
+        completed_prompts([1], ["a"], judgements={"b": 1})
+
+
+def test_alpha_draws_clusters_together() -> None:
+    ratings = np.array([[1, 2, 1, 2, 2, 1], [1, 2, 2, 1, 2, 1]], dtype=float)
+    alone = krippendorff_alpha(ratings, metric="nominal")
+    by_two = krippendorff_alpha(ratings, metric="nominal", clusters=["a", "a", "b", "b", "c", "c"])
+    assert by_two.mean == alone.mean
+    # Only b disagrees: without it α is 1. Drawn three times, D_o = 1 and D_e = 2·6·6 / (12·11), so α = 1 − 132/72.
+    assert (by_two.low, by_two.high) == (pytest.approx(1 - 132 / 72), 1)
+    assert krippendorff_alpha(ratings, metric="nominal", clusters=list("abcdef")) == pytest.approx(alone)
+    with pytest.raises(ValueError, match="one an item"):
+        krippendorff_alpha(ratings, metric="nominal", clusters=["a"])
+
+
+# ---- the interval of a mean
+
+
+@pytest.mark.parametrize("won", [[1] * 7 + [0] * 5, [1] * 4, [0] * 9, [1, 0]])
+def test_the_interval_of_wins_and_losses_is_wilsons(won: list[int]) -> None:
+    assert mean_interval(won) == pytest.approx(wilson(sum(won), len(won)), rel=1e-12)
+
+
+def test_ties_make_the_interval_of_a_mean_narrower_as_by_hand() -> None:
+    # 2 wins, 2 losses, 4 ties: p = ½, s² = 4·¼/8 = 1/8, n_e = 8·¼·10/(8/8 + ½) = 40/3; z² = 3.8415.
+    found = mean_interval([1, 1, 0, 0, 0.5, 0.5, 0.5, 0.5])
+    reach = 1.959964 * np.sqrt(0.25 * 40 / 3 + 3.841459 / 4) / (40 / 3 + 3.841459)
+    assert found == pytest.approx((0.5, 0.5 - reach, 0.5 + reach), abs=1e-6)
+    assert mean_interval([0.5] * 10).low > 0.2  # only ties: narrow, but no point
+    assert mean_interval([0.5] * 10).low < 0.45
+    assert np.isnan(mean_interval([]).mean)
+
+
 def test_completed_prompts_refuses() -> None:
     with pytest.raises(ValueError, match="expected the same number"):
         completed_prompts([1], [], judgements=1)
@@ -495,6 +533,11 @@ def test_a_true_60_percent_is_found(simulation: dict[str, Any]) -> None:
 @pytest.mark.parametrize("rate", [0.5, 0.6, 0.8])
 def test_the_interval_holds_the_truth_at_all_looks_together(simulation: dict[str, Any], rate: float) -> None:
     assert simulation["covered"](rate) >= 0.95
+
+
+@pytest.mark.parametrize(("ties", "each"), [(0.0, 1), (0.3, 1), (0.0, 3), (0.3, 3)])
+def test_the_interval_of_a_win_rate_covers_95_percent(simulation: dict[str, Any], ties: float, each: int) -> None:
+    assert simulation["win_rate_covers"](ties, each) == pytest.approx(0.95, abs=0.01)
 
 
 def test_the_bias_intervals_cover_95_percent(simulation: dict[str, Any]) -> None:

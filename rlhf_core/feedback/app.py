@@ -1,4 +1,7 @@
-"""The web application: who is asking, what may be sent, and the headers of every answer. The pages are in pages.py."""
+"""The web application: who is asking, what may be sent, and the headers of every answer.
+
+The pages are in pages.py, those for admins in admin.py.
+"""
 
 import hmac
 import secrets
@@ -12,8 +15,8 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markdown_it import MarkdownIt
 from markupsafe import Markup
+from sqlalchemy.exc import OperationalError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.sessions import SessionMiddleware
@@ -21,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_core.feedback.accounts import LoginLimit, fingerprint, local_admin
 from rlhf_core.feedback.judging import keep_guideline
+from rlhf_core.feedback.markdown import as_html
 from rlhf_core.feedback.store import Annotator, Store
 
 FOLDER = Path(__file__).parent
@@ -42,10 +46,13 @@ class Desk:
     """What the pages share: the store, the guideline, and how they are drawn."""
 
     store: Store
-    guideline: str  # as HTML
+    guideline: Markup
     version: str
     templates: Jinja2Templates
+    a_day: int = 0  # judgements of a kind that a person is asked for; 0 for as many as there are
+    artifacts: Path | None = None  # whose files admins may import
     limit: LoginLimit = field(default_factory=LoginLimit)
+    results: dict[str, Any] = field(default_factory=dict)  # the last ones, and of which judgements
 
 
 class Guard:
@@ -87,15 +94,25 @@ class Guard:
         await self.app(scope, receive_again, answer)
 
 
-def create_app(store: Store, *, secret: str, guideline: str = "", https: bool = False) -> FastAPI:
+def create_app(
+    store: Store,
+    *,
+    secret: str,
+    guideline: str = "",
+    https: bool = False,
+    a_day: int = 0,
+    artifacts: Path | None = None,
+) -> FastAPI:
     """The application on an open store.
 
     Args:
         secret: the key that signs sessions.
         guideline: in Markdown; the one that ships if empty.
         https: send the session's cookie over HTTPS alone.
+        a_day: judgements of a kind that a person is asked for a day; 0 for as many as there are.
+        artifacts: a folder whose files of rows admins may import; None for no such offer.
     """
-    from rlhf_core.feedback import pages
+    from rlhf_core.feedback import admin, pages
 
     guideline = guideline or (FOLDER / "guideline.md").read_text(encoding="utf-8")
     with store.session() as session:
@@ -107,13 +124,14 @@ def create_app(store: Store, *, secret: str, guideline: str = "", https: bool = 
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.globals["csrf"] = csrf_token
-    # html=False: tags in a guideline are shown as the text they are.
-    shown = Markup(MarkdownIt("commonmark", {"html": False}).render(guideline))
+    environment.filters["markdown"] = as_html
     app = FastAPI(title="rlhf feedback", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.desk = Desk(store, shown, version, Jinja2Templates(env=environment))
+    app.state.desk = Desk(store, as_html(guideline), version, Jinja2Templates(env=environment), a_day, artifacts)
     app.mount("/static", StaticFiles(directory=FOLDER / "static"))
     app.include_router(pages.router)
+    app.include_router(admin.router)
     app.add_exception_handler(HTTPException, _explain)
+    app.add_exception_handler(OperationalError, _not_now)
     app.add_middleware(
         SessionMiddleware, secret_key=secret, session_cookie="rlhf_feedback", same_site="lax", https_only=https
     )
@@ -131,6 +149,12 @@ def desk_of(request: Request) -> Desk:
 
 def person(request: Request) -> Annotator | None:
     """Who is logged in; on a laptop without users the one person of it."""
+    if not hasattr(request.state, "person"):  # asked for by the page and by what is drawn on it
+        request.state.person = _find_person(request)
+    return request.state.person
+
+
+def _find_person(request: Request) -> Annotator | None:
     store = desk_of(request).store
     identity = request.session.get("annotator")
     if identity is None and is_local(request):
@@ -230,3 +254,10 @@ def _explain(request: Request, error: Exception) -> Response:
     if wants_page:
         return render(request, "message.html.j2", error.status_code, title="Not possible", message=error.detail)
     return JSONResponse({"detail": error.detail}, error.status_code)
+
+
+def _not_now(request: Request, error: Exception) -> Response:
+    """A full disk, or a database that is away: nothing was stored, and the page keeps what it has and tries again."""
+    assert isinstance(error, OperationalError)
+    message = f"The database cannot store anything now ({error.orig}). Nothing is lost; it is tried again."
+    return _explain(request, HTTPException(503, message))

@@ -1,4 +1,4 @@
-"""Items in, rankings out: files in the formats of docs/data.md, and the answers that stage evaluate writes."""
+"""Items in; rankings, demonstrations and pairs out: the formats of docs/data.md, and the answers of stage evaluate."""
 
 import hashlib
 import json
@@ -11,10 +11,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from rlhf_core.errors import DataError
-from rlhf_core.feedback.judging import LIVE, Kind
+from rlhf_core.feedback.judging import LIVE, LONGEST, Kind, storable
 from rlhf_core.feedback.store import Item, Judgement
 
 MOST_RESPONSES = 9  # one digit each
+MOST_AXES = 9
 SHOWN = 10  # bad rows named in the error
 Row = tuple[int, Any]  # line and content
 
@@ -27,6 +28,7 @@ class Found(NamedTuple):
     responses: list[str]
     sources: list[str]
     category: str
+    gold: list[int] | None = None  # the ranks that are right; None where that is what is asked
 
     def key(self) -> str:
         """Hash of the content, whatever order the responses came in."""
@@ -59,22 +61,27 @@ def read_text(text: str) -> Iterator[Row]:
 
 
 def find_items(
-    name: str, rows: Sequence[Row], *, kind: Kind | None, policies: tuple[str, str], how: str
+    name: str, rows: Sequence[Row], *, kind: Kind | None, policies: tuple[str, str], how: str, gold: bool = False
 ) -> list[Found]:
     """The items in a file: answers by policy become comparisons, rows with responses become rankings or comparisons.
+
+    To write, a row has a prompt, and a response where one is to be corrected; of answers, the first policy's are.
 
     Args:
         name: the file, for messages.
         kind: None takes what the rows are: answers are compared, rankings are ranked.
         policies: whose answers are compared.
         how: which answers: sampled or greedy.
+        gold: the ranks that stand in the file are known to be right, and annotators are measured by them.
 
     Raises:
         DataError: bad rows (the first ten and the count), or nothing to judge.
     """
     answers = [row for _, row in rows if isinstance(row, dict) and "policy" in row and "text" in row]
     if answers and len(answers) == len(rows):
-        items = list(_from_answers(answers, policies, how))
+        if gold:
+            raise DataError(f"{name} holds answers, which have no ranks; gold questions need rows with ranks.")
+        items = list(_from_answers(answers, policies[:1] if kind == "write" else policies, how, kind or "compare"))
         if not items:
             seen = sorted({f"{row['policy']} {row.get('how', '')}".strip() for row in answers})
             raise DataError(f"{name} has no answers by both {' and '.join(policies)}, {how}; found {', '.join(seen)}.")
@@ -82,7 +89,7 @@ def find_items(
     items, bad = [], []
     for line, row in rows:
         try:
-            items.append(_from_row(row, kind))
+            items.append(_to_write(row) if kind == "write" else _from_row(row, kind, gold))
         except DataError as error:
             bad.append(f"  {name}, line {line}, {error}")
     if bad:
@@ -114,19 +121,30 @@ def pair_files(first: tuple[str, Sequence[Row]], second: tuple[str, Sequence[Row
     return items
 
 
-def add_items(session: Session, items: Sequence[Found], *, overlap: int = 1) -> Imported:
-    """Store what is not there yet."""
+def add_items(session: Session, items: Sequence[Found], *, overlap: int = 1, axes: Sequence[str] = ()) -> Imported:
+    """Store what is not there yet.
+
+    Args:
+        overlap: how many people judge each item.
+        axes: what each response of an item to rank is scored on too, such as helpful, harmless.
+
+    Raises:
+        DataError: an axis is empty, long, there twice or the tenth.
+    """
+    if len({*axes}) != len(axes) or len(axes) > MOST_AXES or not all(0 < len(axis.strip()) <= 40 for axis in axes):
+        raise DataError(f"Found axes {list(axes)}, expected up to {MOST_AXES} different names of 1 to 40 characters.")
     known = set(session.scalars(select(Item.key)))
-    added = {"rank": 0, "compare": 0}
+    added = {"rank": 0, "compare": 0, "write": 0}
     identical = repeated = 0
-    for item in items:
+    for item in map(_stored, items):
         if item.kind == "compare" and item.responses[0].strip() == item.responses[1].strip():
             identical += 1
         elif (key := item.key()) in known:
             repeated += 1
         else:
             known.add(key)
-            session.add(Item(key=key, overlap=overlap, **item._asdict()))
+            scored = list(axes) if item.kind == "rank" else []
+            session.add(Item(key=key, overlap=overlap, axes=scored, **item._asdict()))
             added[item.kind] += 1
     return Imported(added, repeated, identical)
 
@@ -136,27 +154,56 @@ def export_rankings(session: Session) -> Iterator[dict[str, Any]]:
 
     Skipped items and those with no acceptable response rank nothing. Nor does the reader take an empty response.
     """
-    query = select(Judgement).where(LIVE, Judgement.verdict == "ranked").order_by(Judgement.id)
-    for judgement in session.scalars(query):
+    for judgement in _live(session, "ranked"):
         item = judgement.item
-        if not all(text.strip() for text in item.responses):
-            continue
-        turns = [{"role": role, "content": content} for role, content in item.prompt]
-        single = len(turns) == 1 and turns[0]["role"] == "user"
-        row = {
-            "prompt": turns[0]["content"] if single else turns,
-            "responses": item.responses,
-            "ranks": judgement.ranks,
-            "source": "human",
-            "annotator": judgement.annotator.name,
-            "category": item.category,
-            "origins": item.sources if any(item.sources) else None,
-            "comment": judgement.comment,
-            "seconds": judgement.seconds,
-            "guideline": judgement.guideline,
-            "judged": judgement.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        }
-        yield {field: value for field, value in row.items() if value not in (None, "")}
+        if all(text.strip() for text in item.responses):
+            fields = {"responses": item.responses, "ranks": judgement.ranks, "scores": judgement.scores}
+            yield _row(judgement, **fields, origins=item.sources if any(item.sources) else None)
+
+
+def export_demonstrations(session: Session) -> Iterator[dict[str, Any]]:
+    """Everything that people wrote, a corrected response too, as demonstrations."""
+    for judgement in _live(session, "written"):
+        yield _row(judgement, response=judgement.written)
+
+
+def export_pairs(session: Session) -> Iterator[dict[str, Any]]:
+    """Every correction as a pair: what a person made of a response is better than the response. Without a change, none.
+
+    A response that said nothing makes no pair either, since the reader refuses empty texts.
+    """
+    for judgement in _live(session, "written"):
+        for before, source in zip(judgement.item.responses, judgement.item.sources, strict=True):
+            if before.strip() and before.strip() != judgement.written:
+                origins = [judgement.annotator.name, source] if source else None
+                yield _row(judgement, chosen=judgement.written, rejected=before, origins=origins)
+
+
+EXPORTS = {"rankings": export_rankings, "demonstrations": export_demonstrations, "pairs": export_pairs}
+
+
+def _live(session: Session, verdict: str) -> Iterator[Judgement]:
+    query = select(Judgement).where(LIVE, Judgement.verdict == verdict).order_by(Judgement.id)
+    yield from session.scalars(query)
+
+
+def _row(judgement: Judgement, **content: Any) -> dict[str, Any]:
+    turns = [{"role": role, "content": text} for role, text in judgement.item.prompt]
+    single = len(turns) == 1 and turns[0]["role"] == "user"
+    origins = content.pop("origins", None)
+    row = {
+        "prompt": turns[0]["content"] if single else turns,
+        **content,
+        "source": "human",
+        "annotator": judgement.annotator.name,
+        "category": judgement.item.category,
+        "origins": origins,
+        "comment": judgement.comment,
+        "seconds": judgement.seconds,
+        "guideline": judgement.guideline,
+        "judged": judgement.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    return {field: value for field, value in row.items() if value not in (None, "")}
 
 
 def as_lines(rows: Iterator[dict[str, Any]]) -> str:
@@ -164,18 +211,42 @@ def as_lines(rows: Iterator[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _from_row(row: Any, kind: Kind | None) -> Found:
+def _stored(item: Found) -> Found:
+    """The item with texts that every database takes."""
+    return item._replace(
+        prompt=[(role, storable(content)) for role, content in item.prompt],
+        responses=[storable(text) for text in item.responses],
+        sources=[storable(source)[:80] for source in item.sources],
+        category=storable(item.category)[:80],
+    )
+
+
+def _to_write(row: Any) -> Found:
+    from rlhf_core import data
+
+    if not isinstance(row, Mapping) or "response" not in row:
+        prompt, category = data.parse_prompt(row)
+        return Found("write", list(prompt), [], [], category)
+    prompt, response, category = data.parse_demonstration(row)
+    if len(response) > LONGEST:
+        raise DataError(f"response: found {len(response)} characters, expected {LONGEST} at most to be corrected")
+    return Found("write", list(prompt), [response], [str(row.get("origin", ""))], category)
+
+
+def _from_row(row: Any, kind: Kind | None, gold: bool) -> Found:
     from rlhf_core import data  # it brings transformers, which takes seconds
 
     fields = dict(row) if isinstance(row, Mapping) else row
-    if isinstance(row, Mapping) and isinstance(row.get("responses"), list):
+    if isinstance(row, Mapping) and isinstance(row.get("responses"), list) and not gold:
         fields.setdefault("ranks", [1] * len(row["responses"]))  # what a ranking says is not asked for here
     ranking = data.parse_ranking(fields)
     number = len(ranking.responses)
     if number > MOST_RESPONSES or (kind == "compare" and number != 2):
         expected = "2 to compare" if kind == "compare" else f"{MOST_RESPONSES} at most"
         raise DataError(f"responses: found {number}, expected {expected}")
-    return Found(kind or "rank", list(ranking.prompt), list(ranking.responses), _sources(fields), ranking.category)
+    known = list(ranking.ranks) if gold else None
+    sources = _sources(fields)
+    return Found(kind or "rank", list(ranking.prompt), list(ranking.responses), sources, ranking.category, known)
 
 
 def _sources(fields: Mapping[str, Any]) -> list[str]:
@@ -188,7 +259,9 @@ def _sources(fields: Mapping[str, Any]) -> list[str]:
     return [str(origin.get("model", "") if isinstance(origin, Mapping) else origin) for origin in origins]
 
 
-def _from_answers(answers: Sequence[Mapping[str, Any]], policies: tuple[str, str], how: str) -> Iterator[Found]:
+def _from_answers(
+    answers: Sequence[Mapping[str, Any]], policies: Sequence[str], how: str, kind: Kind = "compare"
+) -> Iterator[Found]:
     """The n-th answer of one policy to a prompt beside the n-th of the other."""
     texts: dict[tuple[str, str, int], str] = {}
     prompts: dict[str, tuple[Any, str]] = {}
@@ -209,7 +282,7 @@ def _from_answers(answers: Sequence[Mapping[str, Any]], policies: tuple[str, str
             pair = [texts.get((name, policy, place)) for policy in policies]
             if None in pair:
                 break
-            yield Found("compare", _turns(prompt), [text or "" for text in pair], list(policies), category)
+            yield Found(kind, _turns(prompt), [text or "" for text in pair], list(policies), category)
 
 
 def _turns(prompt: Any) -> list[tuple[str, str]]:
@@ -222,6 +295,11 @@ def _mapping(name: str, line: int, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(f"{name}, line {line}: found {row!r:.60}, expected one JSON object a line")
     return row
+
+
+def names(text: str) -> list[str]:
+    """Names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_file(path: str) -> list[Row]:

@@ -6,16 +6,18 @@ Annotators never learn who wrote a response: nothing here returns an item's sour
 import hashlib
 import random
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Literal, NamedTuple
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import ColumnElement, Select, Subquery, func, select
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from sqlalchemy import ColumnElement, Select, Subquery, case, func, select
 from sqlalchemy.orm import Session
 
 from rlhf_core.feedback.store import Claim, Guideline, Item, Judgement, now
 
-Kind = Literal["rank", "compare"]
+Kind = Literal["rank", "compare", "write"]
+MOST_SCORE = 5  # of an axis; 1 is the least
+LONGEST = 20_000  # characters that a person writes
 KEPT = timedelta(minutes=30)  # how long an item that was shown to one person is kept from the others
 LIVE = Judgement.withdrawn_at.is_(None)
 COUNTS = LIVE & (Judgement.verdict != "skipped")
@@ -29,15 +31,25 @@ class Refused(Exception):
         self.status = status
 
 
+def storable(text: str) -> str:
+    """The text without what a database refuses: NUL, which PostgreSQL has no place for, and halves of characters."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+Storable = Annotated[str, AfterValidator(storable)]
+
+
 class Submission(BaseModel):
-    """What the page sends. `ranks` stand in the order of the page, 1 is best."""
+    """What the page sends. `ranks` and `scores` stand in the order of the page; rank 1 is best, score 5 is."""
 
     model_config = ConfigDict(extra="forbid")
-    client_id: str = Field(min_length=8, max_length=64)
-    item: str = Field(max_length=32)  # its ticket
-    verdict: Literal["ranked", "none", "skipped"]
+    client_id: Storable = Field(min_length=8, max_length=64)
+    item: Storable = Field(max_length=32)  # its ticket
+    verdict: Literal["ranked", "none", "written", "skipped"]
     ranks: list[int] | None = Field(None, max_length=9)
-    comment: str = Field("", max_length=4000)
+    scores: dict[Storable, list[int]] | None = None
+    written: Storable | None = Field(None, max_length=LONGEST)
+    comment: Storable = Field("", max_length=4000)
     seconds: float = Field(ge=0, le=86400)
 
 
@@ -48,16 +60,21 @@ class Shown(NamedTuple):
     category: str
     prompt: list[tuple[str, str]]
     responses: list[str]  # in the order of the page
-    ranks: list[int] | None  # of the judgement that was undone, in the order of the page
+    axes: list[str]  # what each response is scored on too
+    ranks: list[int] | None  # of the judgement that was undone, in the order of the page, as are scores
+    scores: dict[str, list[int]]
+    written: str | None
     comment: str
 
 
 class Progress(NamedTuple):
-    """Judgements of a kind: by this person, by all, and how many are wanted."""
+    """Judgements of a kind: by this person, by all, how many are wanted, and what is left of today's work."""
 
     mine: int
     done: int
     wanted: int
+    today: int  # by this person
+    left: int  # for this person today: what they may still judge, or what is missing of the day's number
 
 
 def show_next(session: Session, annotator: int, kind: Kind) -> Shown | None:
@@ -80,12 +97,20 @@ def show_next(session: Session, annotator: int, kind: Kind) -> Shown | None:
     claim.shown_at = now()
     session.add(claim)
     order = presented_order(annotator, item)
+
+    def as_shown(values: list[Any] | None) -> list[Any] | None:
+        return [values[index] for index in order] if values else None
+
+    scores = (undone.scores if undone else None) or {}
     return Shown(
         item=item.ticket,
         category=item.category,
         prompt=[(role, content) for role, content in item.prompt],
         responses=[item.responses[index] for index in order],
-        ranks=[undone.ranks[index] for index in order] if undone and undone.ranks else None,
+        axes=item.axes,
+        ranks=as_shown(undone.ranks if undone else None),
+        scores={axis: as_shown(values) or [] for axis, values in scores.items()},
+        written=undone.written if undone else None,
         comment=undone.comment if undone else "",
     )
 
@@ -113,14 +138,20 @@ def submit(session: Session, annotator: int, sent: Submission, guideline: str) -
         return False
     if item is None or session.get(Claim, (annotator, item.id)) is None:
         raise Refused(404, "There is no such item of yours.")
-    ranks = _checked_ranks(sent, len(item.responses))
+    _check(sent, item)
     if judged is not None:
         raise Refused(409, "You have judged this item already.")
     order = presented_order(annotator, item)
-    by_item = [rank for _, rank in sorted(zip(order, ranks, strict=True))] if ranks else None
+
+    def by_item(values: Sequence[int]) -> list[int]:
+        return [value for _, value in sorted(zip(order, values, strict=True))]
+
     session.add(
         Judgement(
-            client_id=sent.client_id, annotator_id=annotator, item_id=item.id, verdict=sent.verdict, ranks=by_item,
+            client_id=sent.client_id, annotator_id=annotator, item_id=item.id, verdict=sent.verdict,
+            ranks=by_item(sent.ranks) if sent.ranks else None,
+            scores={axis: by_item(values) for axis, values in sent.scores.items()} if sent.scores else None,
+            written=sent.written.strip() if sent.written else None,
             presented=order, comment=sent.comment.strip(), seconds=sent.seconds, guideline=guideline,
         )
     )  # fmt: skip
@@ -138,6 +169,8 @@ def undo(session: Session, annotator: int, judgement: int) -> None:
     if found is None or found.annotator_id != annotator:
         raise Refused(404, "There is no such judgement of yours.")
     found.withdrawn_at = found.withdrawn_at or now()
+    if found.item.gold_from == judgement:
+        found.item.gold = found.item.gold_from = None
 
 
 def last_judgement(session: Session, annotator: int, kind: Kind) -> int | None:
@@ -146,20 +179,30 @@ def last_judgement(session: Session, annotator: int, kind: Kind) -> int | None:
     return session.scalar(query.order_by(Judgement.id.desc()).limit(1))
 
 
-def progress(session: Session, annotator: int | None, kind: Kind) -> Progress:
-    """How far a kind is. What is judged more often than wanted counts as often as wanted."""
-    mine = select(func.count()).select_from(Judgement).join(Item).where(COUNTS, Item.kind == kind)
+def progress(session: Session, annotator: int | None, kind: Kind, *, a_day: int = 0) -> Progress:
+    """How far a kind is. What is judged more often than wanted counts as often as wanted.
+
+    Args:
+        a_day: judgements of this kind that a person is asked for a day; 0 for as many as there are.
+    """
     given = _count_by_item(COUNTS)
-    rows = session.execute(
-        select(Item.overlap, func.coalesce(given.c.number, 0))
+    number = func.coalesce(given.c.number, 0)
+    done, wanted = session.execute(
+        select(func.sum(case((number < Item.overlap, number), else_=Item.overlap)), func.sum(Item.overlap))
         .outerjoin(given, given.c.item_id == Item.id)
         .where(Item.kind == kind)
-    ).all()
-    return Progress(
-        mine=session.scalar(mine.where(Judgement.annotator_id == annotator)) or 0,
-        done=sum(min(number, overlap) for overlap, number in rows),
-        wanted=sum(overlap for overlap, _ in rows),
-    )
+    ).one()
+    own = select(func.count()).select_from(Judgement).join(Item)
+    own = own.where(COUNTS, Item.kind == kind, Judgement.annotator_id == annotator)
+    midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
+    today = session.scalar(own.where(Judgement.created_at >= midnight)) or 0
+    left = 0
+    if annotator is not None:
+        others = _count_by_item(COUNTS, Judgement.annotator_id != annotator)
+        open_items = select(func.count(Item.id)).outerjoin(others, others.c.item_id == Item.id)
+        left = session.scalar(open_items.where(*_open_to(annotator, kind, func.coalesce(others.c.number, 0)))) or 0
+    left = min(left, max(0, a_day - today)) if a_day else left
+    return Progress(session.scalar(own) or 0, done or 0, wanted or 0, today, left)
 
 
 def keep_guideline(session: Session, text: str) -> str:
@@ -187,12 +230,18 @@ def _choose(session: Session, annotator: int, kind: Kind) -> Item | None:
         .outerjoin(others, others.c.item_id == Item.id)
         .outerjoin(held, held.c.item_id == Item.id)
         .outerjoin(Claim, (Claim.item_id == Item.id) & (Claim.annotator_id == annotator))
-        .where(Item.kind == kind, Item.id.not_in(_judged_by(annotator)), taken < Item.overlap)
+        .where(*_open_to(annotator, kind, taken))
     ).all()
     if not rows:
         return None
     chosen = min(rows, key=lambda row: (row.shown_at is None, _draw(annotator, row.key)))
     return session.get(Item, chosen.id)
+
+
+def _open_to(annotator: int, kind: Kind, taken: ColumnElement[int]) -> list[ColumnElement[bool]]:
+    """What makes an item one that this person may still judge. Gold questions are for everybody."""
+    wanted = (taken < Item.overlap) | Item.gold.is_not(None)
+    return [Item.kind == kind, Item.id.not_in(_judged_by(annotator)), wanted]
 
 
 def _count_by_item(*conditions: ColumnElement[bool]) -> Subquery:
@@ -212,11 +261,21 @@ def _draw(annotator: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{annotator} {key}".encode()).digest()[:8], "big")
 
 
-def _checked_ranks(sent: Submission, responses: int) -> Sequence[int] | None:
+def _check(sent: Submission, item: Item) -> None:
+    """Refuse a judgement that is not whole, or that holds what its verdict has no place for."""
+    number = len(item.responses)
+    if sent.verdict != "skipped" and (sent.verdict == "written") != (item.kind == "write"):
+        raise Refused(422, f"Found verdict {sent.verdict}, which an item to {item.kind} does not have.")
+    if (sent.verdict == "written") != bool(sent.written and sent.written.strip()):
+        raise Refused(422, f"Found {'no ' * (not sent.written)}text with verdict {sent.verdict}.")
     if sent.verdict != "ranked":
-        if sent.ranks is not None:
-            raise Refused(422, f"Found ranks with verdict {sent.verdict}, expected none.")
-        return None
-    if not sent.ranks or len(sent.ranks) != responses or not all(1 <= rank <= responses for rank in sent.ranks):
-        raise Refused(422, f"Found ranks {sent.ranks}, expected {responses} whole numbers from 1 to {responses}.")
-    return sent.ranks
+        if sent.ranks is not None or sent.scores:
+            raise Refused(422, f"Found ranks or scores with verdict {sent.verdict}, expected none.")
+        return
+    if not sent.ranks or len(sent.ranks) != number or not all(1 <= rank <= number for rank in sent.ranks):
+        raise Refused(422, f"Found ranks {sent.ranks}, expected {number} whole numbers from 1 to {number}.")
+    scores = sent.scores or {}
+    whole = all(len(of) == number and all(1 <= score <= MOST_SCORE for score in of) for of in scores.values())
+    if set(scores) != set(item.axes) or not whole:
+        axes = ", ".join(item.axes) or "no axis"
+        raise Refused(422, f"Found scores {scores}, expected {number} from 1 to {MOST_SCORE} for {axes}.")

@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 from rlhf_core.errors import ConfigError, ResourceError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+LOCK = 0x726C6866  # PostgreSQL's advisory lock of this application: any number that others do not use
 
 
 def now() -> datetime:
@@ -31,7 +32,9 @@ def now() -> datetime:
 class Base(DeclarativeBase):
     """All tables."""
 
-    type_annotation_map = {datetime: DateTime(timezone=True), list[Any]: JSON}  # noqa: RUF012  (SQLAlchemy's own form)
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy's own form)
+        datetime: DateTime(timezone=True), list[Any]: JSON, dict[str, Any]: JSON,
+    }  # fmt: skip
 
 
 class Annotator(Base):
@@ -46,7 +49,10 @@ class Annotator(Base):
 
 
 class Item(Base):
-    """A prompt and the responses to be judged; `sources` says who wrote them, and no annotator's page shows it."""
+    """A prompt and the responses to be judged; `sources` says who wrote them, and no annotator's page shows it.
+
+    An item to write has no response (a demonstration is asked for) or one, which is to be corrected.
+    """
 
     __tablename__ = "items"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -54,12 +60,16 @@ class Item(Base):
     # What pages call the item. By number, a judgement that waited on a device could meet another database's item; and
     # from the key one could try out who wrote what.
     ticket: Mapped[str] = mapped_column(String(32), unique=True, default=lambda: secrets.token_hex(16))
-    kind: Mapped[str] = mapped_column(String(16), index=True)  # rank or compare
+    kind: Mapped[str] = mapped_column(String(16), index=True)  # rank, compare or write
     prompt: Mapped[list[Any]]  # [role, content] pairs
     responses: Mapped[list[Any]]
     sources: Mapped[list[Any]]
     category: Mapped[str] = mapped_column(String(80), default="")
     overlap: Mapped[int] = mapped_column(default=1)  # how many people judge it
+    axes: Mapped[list[Any]] = mapped_column(default=list)  # what each response is scored on too, 1 to 5
+    # A gold question: the ranks that are right, [] where none is acceptable. Everybody gets it, and nobody sees that.
+    gold: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    gold_from: Mapped[int | None]  # the judgement that was taken as the answer, which is not measured by itself
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -88,8 +98,10 @@ class Judgement(Base):
     client_id: Mapped[str] = mapped_column(String(64), unique=True)  # made by the page: a repeat is stored once
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
     item_id: Mapped[int] = mapped_column(ForeignKey("items.id"), index=True)
-    verdict: Mapped[str] = mapped_column(String(16))  # ranked, none (is acceptable), skipped
+    verdict: Mapped[str] = mapped_column(String(16))  # ranked, none (is acceptable), written, skipped
     ranks: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    scores: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # by axis, in the item's order
+    written: Mapped[str | None] = mapped_column(Text)  # a demonstration, or the corrected response
     presented: Mapped[list[Any]]  # indexes of responses as they stood on the page
     comment: Mapped[str] = mapped_column(Text, default="")
     seconds: Mapped[float]
@@ -117,6 +129,14 @@ class Store:
     def session(self) -> Iterator[Session]:
         """A session that is committed at the end, or rolled back on an error."""
         with Session(self.engine) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def alone(self) -> Iterator[Session]:
+        """The same while no other such session is open: who looks and then writes is not outrun in between."""
+        with self.session() as session:
+            sqlite = self.engine.dialect.name == "sqlite"
+            session.execute(text("BEGIN IMMEDIATE" if sqlite else f"SELECT pg_advisory_xact_lock({LOCK})"))
             yield session
 
     def has_login(self) -> bool:

@@ -46,7 +46,8 @@ class Person(TestClient):
 
     def responses(self, kind: str = "rank") -> list[str]:
         """The responses as the page shows them."""
-        return re.findall(r'</h2>\s*<p class="text" dir="auto">(.*?)</p>', self.get(f"/{kind}").text, flags=re.S)
+        shown = re.findall(r'<div class="text markdown" dir="auto">(.*?)</div>', self.get(f"/{kind}").text, flags=re.S)
+        return [re.sub(r"^<p>|</p>\s*$", "", text) for text in shown]
 
     def judge(self, kind: str = "rank", *, client_id: str, **changes: Any) -> Any:
         """Judge the item that the page shows, as first, second, third unless told otherwise."""

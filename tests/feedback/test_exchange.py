@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {"kind": None, "policies": ("ppo", "sft"), "how": "sa
 
 def test_rankings_are_to_be_ranked_and_their_ranks_are_not_needed() -> None:
     [item] = found({"prompt": "Why?", "responses": ["a", "b", "c"], "origins": [{"model": "base"}, "sft", {}]})
-    assert item == ("rank", [("user", "Why?")], ["a", "b", "c"], ["base", "sft", ""], "")
+    assert item == ("rank", [("user", "Why?")], ["a", "b", "c"], ["base", "sft", ""], "", None)
     [pair] = found({"prompt": "Why?", "chosen": "a", "rejected": "b"}, kind="compare")
     assert pair.sources == ["chosen", "rejected"]
 
@@ -39,7 +39,14 @@ def test_answers_are_compared_by_prompt_and_sample() -> None:
     more = [{**row, "text": row["text"] + " More."} for row in ANSWERS]  # a second sample of each
     items = found(*ANSWERS, *more)
     assert len(items) == 12
-    assert items[0] == ("compare", [("user", "Question 0?")], ["ppo says.", "sft says."], ["ppo", "sft"], "explain")
+    assert items[0] == (
+        "compare",
+        [("user", "Question 0?")],
+        ["ppo says.", "sft says."],
+        ["ppo", "sft"],
+        "explain",
+        None,
+    )
     assert items[1].responses == ["ppo says. More.", "sft says. More."]
     assert found(*ANSWERS, policies=("sft", "base"))[0].sources == ["sft", "base"]
 

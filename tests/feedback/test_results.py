@@ -7,8 +7,8 @@ from people import Person
 from scipy.stats import binomtest
 from sqlalchemy import select
 
-from rlhf_core.agreement import wilson
-from rlhf_core.feedback.results import comparisons, habits
+from rlhf_core.agreement import judged_so_far, wilson
+from rlhf_core.feedback.results import agreement, comparisons, habits
 from rlhf_core.feedback.store import Item, Store
 
 Browser = Callable[..., Person]
@@ -59,7 +59,7 @@ def test_the_left_sides_share_is_of_what_was_decided(browser: Browser, store: St
     for number, ranks in enumerate([[1, 2], [1, 2], [1, 2], [2, 1], [1, 1]]):
         kim.judge("compare", client_id=f"client-{number}", ranks=ranks)
     with store.session() as session:
-        assert habits(session, "compare")[0].left == 0.75
+        assert habits(session, "compare")[0].left == wilson(3, 4)
 
 
 def test_several_judgements_of_one_prompt_are_one_case(browser: Browser, store: Store, items: None) -> None:
@@ -73,3 +73,92 @@ def test_several_judgements_of_one_prompt_are_one_case(browser: Browser, store: 
         [pair] = comparisons(session)
     assert (pair.rates[0].prompts, pair.rates[0].wins, pair.rates[0].rate) == (1, 6, 1.0)
     assert pair.rates[0].low < 0.25
+
+
+def test_win_rates_by_kind_of_prompt(browser: Browser, store: Store, items: None) -> None:
+    with store.session() as session:
+        for number, item in enumerate(session.scalars(select(Item).where(Item.kind == "compare"))):
+            item.category = ["explain", "refuse"][number % 2]
+    kim = browser("kim", admin=True)
+    for number in range(6):
+        category = "refuse" if "refuse</p>" in kim.get("/compare").text else "explain"
+        choose(kim, store, "ppo" if category == "explain" else "sft", f"client-{number}")
+    with store.session() as session:
+        [pair] = comparisons(session)
+    assert [(rate.who, rate.rate, rate.prompts) for rate in pair.by_kind] == [("explain", 1, 3), ("refuse", 0, 3)]
+    assert "Kind of prompt" in kim.get("/results").text
+
+
+def test_the_test_of_when_to_stop_counts_a_prompt_once_it_has_all_its_judgements(
+    browser: Browser, store: Store, items: None
+) -> None:
+    people = [browser("kim", admin=True), browser("sam")]  # two a prompt are wanted
+    for number in range(6):
+        choose(people[0], store, "ppo", f"client-k{number}")
+    with store.session() as session:
+        assert comparisons(session)[0].so_far == (0, 0.0, 1.0, False)
+    assert "has not begun" in people[0].get("/results").text
+    for number in range(6):
+        choose(people[1], store, "ppo", f"client-s{number}")
+    with store.session() as session:
+        [pair] = comparisons(session)
+        verdict = judged_so_far([1.0] * 6)
+    assert pair.so_far == (6, verdict.win_rate.low, verdict.win_rate.high, verdict.enough)
+    assert "Go on judging" in people[0].get("/results").text
+
+
+def judge_all(person: Person, kind: str, best: str, name: str) -> None:
+    """Put the response that begins so first, and the others equal behind it."""
+    for number in range(6):
+        shown = person.responses(kind)
+        ranks = [1 if text.startswith(best) else 2 for text in shown]
+        assert person.judge(kind, client_id=f"client-{name}-{number}", ranks=ranks).status_code == 200
+
+
+def test_agreement_of_each_two_people(browser: Browser, store: Store, items: None) -> None:
+    with store.session() as session:
+        for item in session.scalars(select(Item)):
+            item.overlap = 3
+    for name, best in (("kim", "ppo"), ("sam", "ppo"), ("lee", "sft")):
+        judge_all(browser(name), "compare", best, name)
+    with store.session() as session:
+        found = agreement(session, "compare")
+    assert [(pair.first, pair.second, pair.judged, pair.share) for pair in found.pairs] == [
+        ("kim", "lee", 6, 0), ("sam", "lee", 6, 0), ("kim", "sam", 6, 1),
+    ]  # fmt: skip
+    # Each of six items got 1, 1, -1. Two of six ordered pairs agree: D_o = 2/3. 12 and 6 of 18: D_e = 2·12·6/(18·17).
+    assert found.alpha.mean == pytest.approx(1 - (2 / 3) / (144 / 306))
+
+
+def test_agreement_of_rankings_goes_by_ranks_and_by_pairs(browser: Browser, store: Store, items: None) -> None:
+    for name in ("kim", "sam"):
+        judge_all(browser(name), "rank", "Red", name)
+    with store.session() as session:
+        found = agreement(session, "rank")
+        assert agreement(session, "compare") == (None, [], 0)
+    assert found.alpha.mean == 1
+    assert [(pair.judged, pair.share) for pair in found.pairs] == [(18, 1)]
+
+
+def test_who_goes_by_side_or_by_length_is_seen(browser: Browser, store: Store, items: None) -> None:
+    judge_all(browser("kim"), "rank", "A cherry", "kim")  # A banana. and A cherry. are as long, Red. is shorter
+    sam = browser("sam")
+    for number in range(6):
+        sam.judge(client_id=f"client-s{number}", ranks=[1, 2, 3])
+    with store.session() as session:
+        of = {habit.who: habit for habit in habits(session, "rank")}
+    assert of["sam"].left == wilson(6, 6)  # always the first on the page
+    assert of["kim"].longer.mean == 1 or of["kim"].longer is None
+
+
+def test_the_live_part_changes_when_somebody_judges_or_takes_back(browser: Browser, items: None) -> None:
+    kim = browser("kim", admin=True)
+    before = kim.get("/results/live").text
+    assert "Nobody has judged" in before
+    kim.judge("compare", client_id="client-1")
+    after = kim.get("/results/live").text
+    assert "ppo against sft" in after
+    assert kim.get("/results/live").text == after
+    kim.submit(f"/judgements/{kim.last('compare')}/undo")
+    assert kim.get("/results/live").text == before
+    assert browser("sam").get("/results/live").status_code == 403

@@ -18,7 +18,7 @@ from rlhf_core.feedback.store import Annotator, Store
 
 Browser = Callable[..., Person]
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-PAGES = ["/", "/rank", "/compare", "/results", "/admin"]
+PAGES = ["/", "/rank", "/compare", "/write", "/results", "/admin"]
 
 
 # ---- who may ask
@@ -26,7 +26,7 @@ PAGES = ["/", "/rank", "/compare", "/results", "/admin"]
 
 def test_one_person_on_this_machine_needs_no_login(browser: Browser) -> None:
     local = browser()
-    assert [local.get(path).status_code for path in PAGES] == [200] * 5
+    assert [local.get(path).status_code for path in PAGES] == [200] * 6
     assert "local" in local.get("/").text
 
 
@@ -145,7 +145,7 @@ def test_key_and_database_are_their_owners_alone(tmp_path: Path, store: Store, d
 # ---- what may be sent
 
 
-POSTS = ["/login", "/logout", "/judgements", "/judgements/1/undo", "/admin/import"]
+POSTS = ["/login", "/logout", "/judgements", "/judgements/1/undo", "/admin/import", "/admin/gold/1"]
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -160,10 +160,11 @@ def test_a_post_without_the_sessions_token_is_refused(browser: Browser, path: st
 
 
 def test_every_post_asks_for_the_token(store: Store) -> None:
-    from rlhf_core.feedback import pages
+    from rlhf_core.feedback import admin, pages
 
-    routes = {route.path: route for route in pages.router.routes if "POST" in route.methods}
-    assert set(routes) == {re.sub(r"/1/", "/{judgement}/", path) for path in POSTS}
+    both = [*pages.router.routes, *admin.router.routes]
+    routes = {route.path: route for route in both if "POST" in route.methods}
+    assert set(routes) == {re.sub(r"/1\b", "/{judgement}", path) for path in POSTS}
     for path, route in routes.items():
         assert route.dependencies == pages.checked, path
 

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import create_engine, select, text
 
-from rlhf_core.feedback.store import Base, Store, open_store
+from rlhf_core.feedback.store import MIGRATIONS, Base, Item, Judgement, Store, open_store
 
 
 def test_the_migrations_make_the_tables_of_the_models(store: Store) -> None:
@@ -17,7 +19,7 @@ def test_the_migrations_make_the_tables_of_the_models(store: Store) -> None:
 def test_opening_again_changes_nothing(store: Store, database: Path) -> None:
     again = open_store(database)
     with again.engine.connect() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0001"
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0002"
     again.close()
 
 
@@ -26,3 +28,34 @@ def test_sqlite_writes_ahead_and_waits_for_the_disk(store: Store) -> None:
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 2
         assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
+
+
+OLD = """
+INSERT INTO annotators VALUES (1, 'kim', 'admin', NULL, '2026-01-01 10:00:00');
+INSERT INTO guidelines VALUES ('abc', 'Be kind.');
+INSERT INTO items VALUES
+  (1, 'key', 'ticket', 'rank', '[["user", "Why?"]]', '["a", "b"]', '["", ""]', 'explain', 1, '2026-01-01 10:00:00');
+INSERT INTO claims VALUES (1, 1, '2026-01-01 10:00:00');
+INSERT INTO judgements VALUES (1, 'client-1', 1, 1, 'ranked', '[2, 1]', '[1, 0]', 'fine', 2.5, 'abc',
+  '2026-01-01 10:00:00', NULL);
+"""
+
+
+def test_a_database_of_the_first_version_is_taken_over_with_all_that_is_in_it(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for statement in OLD.split(";\n"):
+            connection.execute(text(statement))
+    engine.dispose()
+    store = open_store(tmp_path / "old.db")
+    with store.session() as session:
+        judgement = session.scalars(select(Judgement)).one()
+        assert (judgement.ranks, judgement.presented, judgement.comment) == ([2, 1], [1, 0], "fine")
+        assert (judgement.scores, judgement.written) == (None, None)
+        assert (judgement.item.axes, judgement.item.gold, judgement.item.gold_from) == ([], None, None)
+        assert session.scalars(select(Item)).one().prompt == [["user", "Why?"]]
+    store.close()

@@ -1,11 +1,14 @@
-// Judging by keys and by touch, and the box in which a judgement waits while there is no connection.
+// Judging by keys and by touch, and the box in which a judgement waits while there is no connection. Dragging: drag.js.
 
 const page = document.getElementById("judge");
 const { kind, annotator } = page.dataset;
 const notice = document.getElementById("notice");
 const comment = document.getElementById("comment");
+const written = document.getElementById("written");
 const guideline = document.getElementById("guideline");
-const cards = [...document.querySelectorAll(".response")];
+const cards = kind === "write" ? [] : [...document.querySelectorAll(".response")];
+const scales = [...document.querySelectorAll(".scores fieldset")]; // one for each response and axis
+const draft = `rlhf-feedback-draft-${page.dataset.item}`; // what is being written, until it is sent
 const box = `rlhf-feedback-${annotator}`;
 const RETRY = 3000; // milliseconds
 const REFUSED = [404, 409, 413, 422]; // sending these again would change nothing
@@ -81,7 +84,8 @@ async function flush() {
       if (status === 403 && (await freshToken())) continue;
       const many = waiting().length;
       const what = many === 1 ? "A judgement waits" : `${many} judgements wait`;
-      if (status === 401 || status === 403) tell(`You are not logged in. ${what} on this device and will be sent when you judge again.`, "/login");
+      if (status >= 500) tell(`${detail} ${what} on this device.`);
+      else if (status === 401 || status === 403) tell(`You are not logged in. ${what} on this device and will be sent when you judge again.`, "/login");
       else tell(`No connection. ${what} on this device and will be sent once, as soon as it is back.`);
       setTimeout(flush, RETRY);
       return;
@@ -95,12 +99,14 @@ async function flush() {
   }
 }
 
-function send(verdict, ranks) {
+function send(verdict, ranks, more = {}) {
+  if (busy) return;
   const bytes = crypto.getRandomValues(new Uint8Array(16)); // randomUUID is there over HTTPS only
   const client_id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
   const seconds = Math.min(86400, Math.round(timeSeen() / 100) / 10);
-  const entry = { client_id, item: page.dataset.item, verdict, ranks, comment: comment.value, seconds };
+  const entry = { client_id, item: page.dataset.item, verdict, ranks, comment: comment.value, seconds, ...more };
   keep([...waiting(), entry]);
+  forget();
   flush();
 }
 
@@ -111,6 +117,38 @@ async function undo() {
   if (status === 200) return location.reload();
   busy = false;
   tell(status ? detail : "No connection: undo waits for it. Try again.");
+}
+
+// ---- what is being written: a page that is closed or loaded again keeps it
+
+function forget() {
+  try {
+    localStorage.removeItem(draft);
+  } catch {
+    // Nothing was kept.
+  }
+}
+
+if (written) {
+  try {
+    written.value = localStorage.getItem(draft) ?? written.value;
+  } catch {
+    // The text of the page stays.
+  }
+  written.addEventListener("input", () => {
+    try {
+      localStorage.setItem(draft, written.value);
+    } catch {
+      // It is kept as long as this page is open.
+    }
+  });
+  written.focus();
+  written.setSelectionRange(written.value.length, written.value.length);
+}
+
+function submitWritten() {
+  if (!written.value.trim()) return tell("Write something, or skip.");
+  send("written", null, { written: written.value });
 }
 
 // ---- time: only while the page is seen
@@ -158,16 +196,61 @@ function draw() {
     card.querySelector("button").setAttribute("aria-label", `Response ${index + 1}${rank ? `, ${ordinal(rank)}` : ""}`);
   });
   const left = cards.length - placed();
-  const line = groups.map((group) => group.map((index) => index + 1).join(" = ")).join("  ›  ");
-  document.getElementById("line").textContent = line + (tie ? "  =  …" : left && line ? "  ›  …" : "");
+  const loose = cards.map((_, index) => index).filter((index) => !groups.flat().includes(index));
+  const parts = groups.map((group) => part("group", group));
+  document.getElementById("line").replaceChildren(
+    ...parts.flatMap((group, index) => (index ? [" › ", group] : [group])),
+    tie ? " = … " : left && parts.length ? " › … " : "",
+    ...(left ? [part("loose", loose)] : []),
+  );
+  const said = groups.map((group) => group.map((index) => index + 1).join(" and ") + (group.length > 1 ? " tied" : ""));
+  document.getElementById("said").textContent = said.join(", then ") + (left && said.length ? `; ${left} more to place` : "");
   document.querySelector("[data-key=enter]").disabled = left > 0;
   document.querySelector("[data-key='=']").setAttribute("aria-pressed", String(tie));
+}
+
+// Numbers that can be dragged, a tie with = between them.
+function part(name, indexes) {
+  const element = document.createElement("span");
+  element.className = name;
+  indexes.forEach((index, position) => {
+    const chip = document.createElement("span");
+    chip.className = "chip";
+    chip.dataset.drag = index;
+    chip.textContent = index + 1;
+    element.append(...(position && name === "group" ? [" = ", chip] : [chip]));
+  });
+  return element;
 }
 
 function submitRanks() {
   const left = cards.length - placed();
   if (left) return tell(`${left} more to place.`);
-  send("ranked", cards.map((_, index) => groups.findIndex((group) => group.includes(index)) + 1));
+  const empty = scales.filter((scale) => !scoreOf(scale));
+  if (empty.length) {
+    tell(`${empty.length} more to score: press 1 to ${inputsOf(empty[0]).length}.`);
+    return inputsOf(empty[0])[0].focus();
+  }
+  const scores = {};
+  scales.forEach((scale) => (scores[scale.dataset.axis] ??= []).push(Number(scoreOf(scale))));
+  const ranks = cards.map((_, index) => groups.findIndex((group) => group.includes(index)) + 1);
+  send("ranked", ranks, scales.length ? { scores } : {});
+}
+
+// ---- scores by axis: a digit scores and goes on, Backspace goes back, Esc leaves
+
+const inputsOf = (scale) => [...scale.querySelectorAll("input")];
+const scoreOf = (scale) => scale.querySelector("input:checked")?.value;
+
+function score(key, scale) {
+  const position = scales.indexOf(scale);
+  const chosen = inputsOf(scale).find((input) => input.value === key);
+  if (chosen) chosen.checked = true;
+  const next = chosen ? scales[position + 1] : key === "backspace" ? scales[Math.max(0, position - 1)] : null;
+  if (next) (next.querySelector("input:checked") || inputsOf(next)[0]).focus();
+  else if (chosen || key === "escape") document.activeElement.blur();
+  if (chosen) tell("");
+  return Boolean(chosen || next || key === "escape");
 }
 
 // ---- keys and buttons
@@ -175,11 +258,12 @@ function submitRanks() {
 function act(key) {
   if (busy) return;
   if (key === "u") return undo();
-  if (!cards.length) return;
+  if (!page.dataset.item) return;
   if (key === "g" || key === "?") return guideline.showModal();
   if (key === "c") return comment.focus();
   if (key === "s") return send("skipped", null);
   if (key === "n" || (kind === "compare" && key === "-")) return send("none", null);
+  if (kind === "write") return key === "enter" ? submitWritten() : undefined;
   const digit = /^[0-9]$/.test(key) ? Number(key) : null;
   if (kind === "compare") {
     if (digit === 1 || key === "arrowleft") return send("ranked", [1, 2]);
@@ -200,9 +284,9 @@ const KNOWN = /^([0-9]|=|-|\?|[ucgsn]|backspace|enter|arrowleft|arrowright)$/;
 
 document.addEventListener("keydown", (event) => {
   const key = event.key.toLowerCase();
-  if (event.target === comment) {
-    if (key === "escape") comment.blur();
-    if (key === "enter" && (event.ctrlKey || event.metaKey) && kind === "rank") act("enter");
+  if (event.target === comment || event.target === written) {
+    if (key === "escape") event.target.blur();
+    if (key === "enter" && (event.ctrlKey || event.metaKey) && kind !== "compare") act("enter");
     return;
   }
   if (guideline.open || event.repeat || event.ctrlKey || event.metaKey || event.altKey || !KNOWN.test(key)) return;
@@ -211,6 +295,14 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   act(key);
 });
+
+document.addEventListener("keydown", (event) => {
+  const scale = event.target.closest?.(".scores fieldset");
+  if (scale && !event.ctrlKey && !event.metaKey && !event.altKey && score(event.key.toLowerCase(), scale)) {
+    event.preventDefault();
+    event.stopImmediatePropagation();
+  }
+}, true);
 
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-key]");
@@ -225,4 +317,19 @@ if (kind === "rank" && earlier.length) {
   groups = ranks.map((rank) => earlier.flatMap((other, index) => (other === rank ? [index] : [])));
 }
 draw();
+if (kind === "rank" && cards.length) {
+  // drag.js tells where a number was dropped: on a group (a tie), before or behind one.
+  document.addEventListener("dropped", ({ detail: { index, onto, place: where } }) => {
+    if (busy || onto?.includes(index)) return;
+    const rest = groups.map((group) => group.filter((other) => other !== index));
+    const at = onto ? groups.findIndex((group) => group.some((other) => onto.includes(other) && other !== index)) : -1;
+    if (at < 0) rest.push([index]);
+    else if (where === "tie") rest[at].push(index);
+    else rest.splice(at + (where === "behind"), 0, [index]);
+    groups = rest.filter((group) => group.length);
+    tie = false;
+    tell("");
+    draw();
+  });
+}
 if (waiting().length) flush();
