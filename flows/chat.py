@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_core.config import load_params
+from rlhf_core.errors import MissingArtifact
 
-Policy = Literal["base", "sft", "ppo"]
-FOLDERS: dict[Policy, str] = {"base": "artifacts/base", "sft": "artifacts/sft/model", "ppo": "artifacts/ppo/policy"}
+Policy = Literal["base", "sft", "ppo", "dpo"]
+FOLDERS: dict[Policy, str] = {
+    "base": "artifacts/base",
+    "sft": "artifacts/sft/model",
+    "ppo": "artifacts/ppo/policy",
+    "dpo": "artifacts/dpo/policy",
+}
 HELP = "/new forgets the conversation, /greedy takes the likeliest word or samples again, /quit or Ctrl-D ends."
 
 
@@ -22,6 +28,9 @@ def chat(
         temperature, tokens: how it is sampled; as evaluate does it if None.
         seed: the same seed and the same turns give the same answers.
         ask: where turns come from.
+
+    Raises:
+        MissingArtifact: the stage has no policy; names the command that makes it.
     """
     import torch
     from rich.console import Console
@@ -29,11 +38,14 @@ def chat(
     from rlhf_core.data import encode_prompt
     from rlhf_core.models import load_policy, load_tokenizer
     from rlhf_core.rollouts import sample
+    from tasks.dpo import NO_POLICY
 
     params = load_params()
     temperature = temperature or params.evaluate.temperature
     tokens = tokens or params.evaluate.response_tokens
     folder = Path(FOLDERS[stage])
+    if stage == "dpo" and NO_POLICY.is_file():
+        raise MissingArtifact("This run has no DPO policy: dpo.epochs is 0. `rlhf run -S dpo.epochs=1` trains one.")
     console = Console()
     with console.status(f"loading {folder}"):
         model, tokenizer = load_policy(folder), load_tokenizer(folder)

@@ -45,7 +45,7 @@ STAGE_NAMES = ", ".join(STAGES)
 
 @app.callback()
 def about() -> None:
-    """Trains a language model from human preferences: **prepare → sft → reward → ppo → evaluate**.
+    """Trains a language model from human preferences: **prepare → sft → reward → ppo → dpo → evaluate**.
 
     Every value stands in params.yaml. DVC decides which stages have to run, Prefect runs them, MLflow records them.
 
@@ -209,7 +209,7 @@ def compare(
 
 @app.command()
 def chat(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Whose policy answers: base, sft or ppo.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Whose policy answers: base, sft, ppo or dpo.")],
     temperature: Annotated[float | None, typer.Option(min=0.01, help="As in evaluate if not given.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; as in evaluate if not given.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,

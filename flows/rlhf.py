@@ -1,4 +1,4 @@
-"""The pipeline, START HERE: prepare → sft → reward → ppo → evaluate, one Prefect task a stage.
+"""The pipeline, START HERE: prepare → sft → reward → ppo → dpo → evaluate, one Prefect task a stage.
 
 The task for a stage asks DVC to bring that stage up to date (tasks/pipeline.py). So DVC decides what has to run,
 Prefect when and where, and MLflow remembers what was measured: one parent run for the flow run, one nested run a stage.
@@ -22,7 +22,7 @@ from tasks.pipeline import STAGES, Outcome, StageFailed, apply_overrides, find_r
 from tasks.stage import check_disk, forget_checkpoints
 from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
 
-Stage = Literal["prepare", "sft", "reward", "ppo", "evaluate"]
+Stage = Literal["prepare", "sft", "reward", "ppo", "dpo", "evaluate"]
 
 
 async def _crashed(_task: Any, _run: TaskRun, state: State[Any]) -> bool:

@@ -175,6 +175,16 @@ class PPO(Training):
         return self
 
 
+class DPO(Supervised):
+    """Direct preference optimisation on the rankings that the reward model learns from: a baseline beside PPO."""
+
+    epochs: int = Field(ge=0, description="Passes over the training split's rankings; 0 leaves DPO out of the run.")
+    beta: float = Field(gt=0, description="How dear it is to leave the SFT policy; 0.1 in Rafailov et al. 2023.")
+    label_smoothing: float = Field(
+        ge=0, lt=0.5, description="Share of pairs taken to be judged the wrong way round (Mitchell 2023)."
+    )
+
+
 class Evaluate(Section):
     """How the policies are sampled and judged on the test split."""
 
@@ -251,6 +261,7 @@ class Params(Section):
     sft: SFT
     reward: Reward
     ppo: PPO
+    dpo: DPO
     evaluate: Evaluate
     judge: Judge
 

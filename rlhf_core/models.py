@@ -483,7 +483,7 @@ def _root(folder: Path) -> Path:
 
 
 def _missing(folder: Path) -> str:
-    stage = next((name for name in ("base", "sft", "reward", "ppo") if name in folder.parts), None)
+    stage = next((name for name in ("base", "sft", "reward", "ppo", "dpo") if name in folder.parts), None)
     command = "prepare" if stage in (None, "base") else stage
     return f"{folder.as_posix()} holds no model. Run `dvc repro {command}`."
 

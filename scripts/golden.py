@@ -1,4 +1,4 @@
-"""Rewrites tests/golden: the numbers of a tiny SFT, reward and PPO run, one after the other, on one thread.
+"""Rewrites tests/golden: the numbers of a tiny SFT, reward, PPO and DPO run, one after the other, on one thread.
 
 Run it with `make golden` after a change that should move numbers, and review the difference: a change that should not
 leaves every file as it is, byte for byte. Numbers have eight significant digits; how fast it went is left out.
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_core.config import PPO, SFT, Reward
+from rlhf_core.config import DPO, PPO, SFT, Reward
 from rlhf_core.data import encode_prompt
+from rlhf_core.dpo import encode_preferences, train_dpo
 from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.ppo import POLICY, REWARD, add_roles, train_ppo
 from rlhf_core.records import Demonstration, Ranking
@@ -31,7 +32,7 @@ from rlhf_core.tiny import make_tiny
 from rlhf_core.tracking import MemoryTracker
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 # Uneven prompts, answers and rankings, a tie, and a system turn.
 ASKED = (
     ("Why is the sky blue?", "Air scatters blue light more than red.", "It is green.", "No idea, ask someone else."),
@@ -66,6 +67,7 @@ REWARD_SECTION = Reward.model_validate(
         "norm_samples": 6,
     }
 )
+DPO_SECTION = DPO.model_validate({**SUPERVISED, "learning_rate": 0.005, "beta": 0.1, "label_smoothing": 0.1})
 PPO_SECTION = PPO.model_validate(
     {
         **SHARED,
@@ -103,7 +105,7 @@ PPO_SECTION = PPO.model_validate(
 
 
 def measure_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """Train the three stages under `folder`; final metrics and history of each."""
+    """Train the stages under `folder`; final metrics and history of each."""
     torch.set_num_threads(1)
     make_tiny(folder / "base", [text for row in ASKED for text in row])
     _sharpen(folder / "base")
@@ -145,6 +147,13 @@ def measure_all(folder: Path) -> dict[str, dict[str, Any]]:
     add_roles(roles, str(folder / "reward"), method=PPO_SECTION.method)
     final, shown = train_ppo(roles, prompts, PPO_SECTION, tokenizer=tokenizer, tracker=tracker)
     found["ppo"] = {**_numbers(final, tracker), "responses": [row["response"] for row in shown]}
+
+    tracker, roles = MemoryTracker(), Roles(folder / "sft", DPO_SECTION)
+    torch.manual_seed(DPO_SECTION.seed)
+    roles.add(POLICY)
+    preferences = encode_preferences(rankings, tokenizer, **options)
+    final = train_dpo(roles, preferences[:4], preferences[4:], DPO_SECTION, pad_id=pad_id, tracker=tracker)
+    found["dpo"] = _numbers(final, tracker)
     return found
 
 

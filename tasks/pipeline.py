@@ -28,7 +28,7 @@ import yaml
 from rlhf_core.config import Params, check_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError
 
-STAGES = ("prepare", "sft", "reward", "ppo", "evaluate")
+STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate")
 PARAMS = "params.yaml"
 LOCK_PATIENCE_SECONDS = 10.0  # DVC's own repository lock is held for moments, unless another command works long
 NOISE = ("Use `dvc push`", "To track the changes with git", "To enable auto staging", "Updating lock file",

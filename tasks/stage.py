@@ -184,7 +184,7 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
     """Run a stage: on leaving, its MLflow run is FINISHED, FAILED or KILLED and the process exits as it should.
 
     Args:
-        stage: prepare, sft, reward, ppo or evaluate.
+        stage: prepare, sft, reward, ppo, dpo or evaluate.
         deps: paths that must exist; the message where one does not names the stage that writes it.
         torch: make torch deterministic.
     """
@@ -403,6 +403,7 @@ def _less_memory(stage: str) -> str:
     return {
         "sft": "Halve sft.micro_batch_size in params.yaml.",
         "reward": "Halve reward.micro_batch_size or reward.norm_samples in params.yaml.",
+        "dpo": "Halve dpo.micro_batch_size in params.yaml.",
         "ppo": "Halve ppo.micro_batch_size, ppo.rollouts or ppo.response_tokens in params.yaml.",
         "evaluate": "Lower evaluate.response_tokens in params.yaml.",
     }.get(stage, "Take a smaller base model.")

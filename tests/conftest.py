@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_core.config import PPO, SFT, Evaluate, Judge, Prepare, Reward
+from rlhf_core.config import DPO, PPO, SFT, Evaluate, Judge, Prepare, Reward
 from rlhf_core.tiny import make_llama, make_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -104,6 +104,10 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "missing_eos_penalty": 0.0,
             "early_stop_kl": 100.0,
         },
+    ),
+    "dpo": (
+        DPO,
+        {**LORA, "epochs": 1, "batch_size": 4, "warmup_fraction": 0.0, "beta": 0.1, "label_smoothing": 0.0},
     ),
     "evaluate": (
         Evaluate,

@@ -1,4 +1,4 @@
-"""Trains SFT, a reward model and PPO as plan.json says, in one process or several: what test_processes.py compares."""
+"""Trains SFT, a reward model, DPO and PPO as plan.json says, in one process or several, for test_processes.py."""
 
 import json
 import random
@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf_core import processes
-from rlhf_core.config import PPO, SFT, Reward
+from rlhf_core.config import DPO, PPO, SFT, Reward
+from rlhf_core.dpo import Preference, pairs_of, train_dpo
 from rlhf_core.models import Normaliser, Roles, load_tokenizer
 from rlhf_core.ppo import POLICY, REWARD, VALUE, add_roles, train_ppo
 from rlhf_core.reward import EncodedRanking, judge_rankings, normalise_on_samples, train_reward
@@ -63,6 +64,17 @@ def main(folder: Path) -> None:
     if processes.state().is_main_process:
         roles.save(REWARD, folder / "reward")
     processes.wait()
+
+    tracker, preferring = MemoryTracker(), DPO.model_validate(plan["dpo"])
+    roles = Roles(base, preferring)
+    torch.manual_seed(1)
+    roles.add("policy", method=preferring.method)
+    pairs = [
+        Preference([Example(prompt, answer) for answer in three], pairs_of(ranking.ranks))
+        for prompt, three, ranking in zip(prompts, answers, rankings, strict=True)
+    ]
+    final = train_dpo(roles, pairs[:TRAINED], pairs[TRAINED:], preferring, pad_id=0, tracker=tracker)
+    keep("dpo", roles, ["policy"], final, tracker)
 
     tracker, options = MemoryTracker(), PPO.model_validate(plan["ppo"])
     roles = Roles(base, options)

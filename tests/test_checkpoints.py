@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import checkpoints as module
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
+from rlhf_core.dpo import Preference, pairs_of, train_dpo
 from rlhf_core.models import Roles, TrunkCache
 from rlhf_core.ppo import POLICY, REWARD, VALUE, add_roles, train_ppo
 from rlhf_core.reward import EncodedRanking, train_reward
@@ -193,6 +194,18 @@ def run_loop(
         )  # fmt: skip
         return final, roles.trainable("reward")
 
+    def dpo(checkpoints: Checkpoints, tracker: Stopping) -> Any:
+        config = section("dpo", epochs=3, batch_size=2, micro_batch_size=1, schedule="linear")
+        torch.manual_seed(7)
+        roles = Roles(llama, config)
+        roles.add("policy")
+        rows = [
+            Preference([Example(ids[:2], ids[2:]) for ids in ranking.ids], pairs_of(ranking.ranks))
+            for ranking in RANKINGS
+        ]
+        final = train_dpo(roles, rows[:5], rows[5:], config, pad_id=0, tracker=tracker, checkpoints=checkpoints)
+        return final, roles.trainable("policy")
+
     def ppo(checkpoints: Checkpoints, tracker: Stopping) -> Any:
         if not (tmp_path / "reward").is_dir():
             judge = Roles(llama, section("reward"))
@@ -210,10 +223,10 @@ def run_loop(
         final, shown = train_ppo(roles, PROMPTS, config, tokenizer=tokenizer, tracker=tracker, checkpoints=checkpoints)
         return (final, shown), roles.trainable(POLICY) + roles.trainable(VALUE)
 
-    return lambda name, *arguments: {"sft": sft, "reward": reward, "ppo": ppo}[name](*arguments)
+    return lambda name, *arguments: {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}[name](*arguments)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_a_loop_that_was_stopped_again_and_again_ends_to_the_bit_as_one_that_was_not(
     run_loop: Callable[..., Any], tmp_path: Path, stage: str
 ) -> None:
@@ -244,7 +257,7 @@ def test_a_loop_that_was_stopped_again_and_again_ends_to_the_bit_as_one_that_was
         assert [row for *_, rows in table for row in rows] == [row for *_, rows in straight.tables for row in rows]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_a_loop_that_was_done_is_not_run_again(run_loop: Callable[..., Any], tmp_path: Path, stage: str) -> None:
     expected, weights = run_loop(stage, Checkpoints(tmp_path / "checkpoints"), Stopping())
     again = Stopping()

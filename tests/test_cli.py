@@ -1,6 +1,7 @@
 """The console script: it answers at once, teaches, and turns every mistake into one message."""
 
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,3 +93,15 @@ def test_preflight_names_what_is_missing() -> None:
 def test_preflight_needs_nothing_but_python() -> None:
     done = subprocess.run([sys.executable, "-S", "-I", "flows/preflight.py", "--install"], cwd=PROJECT, text=True)
     assert done.returncode in (0, 1)
+
+
+def test_a_run_without_dpo_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.chat import chat
+    from tasks.dpo import NO_POLICY
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    NO_POLICY.parent.mkdir(parents=True)
+    NO_POLICY.write_text("{}")
+    with pytest.raises(MissingArtifact, match=r"`rlhf run -S dpo\.epochs=1` trains one"):
+        chat("dpo")

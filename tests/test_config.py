@@ -8,11 +8,19 @@ import pydantic
 import pytest
 import yaml
 
-from rlhf_core.config import PPO, SFT, Evaluate, Judge, Params, Prepare, Reward, check_params, load_params
+from rlhf_core.config import DPO, PPO, SFT, Evaluate, Judge, Params, Prepare, Reward, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 
 PROJECT = Path(__file__).resolve().parents[1]
-SECTIONS = {"prepare": Prepare, "sft": SFT, "reward": Reward, "ppo": PPO, "evaluate": Evaluate, "judge": Judge}
+SECTIONS = {
+    "prepare": Prepare,
+    "sft": SFT,
+    "reward": Reward,
+    "ppo": PPO,
+    "dpo": DPO,
+    "evaluate": Evaluate,
+    "judge": Judge,
+}
 KEYS = [(name, key) for name, kind in SECTIONS.items() for key in kind.model_fields]
 
 
@@ -109,6 +117,9 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("reward", "margin_coef", -1),
         ("reward", "center_coef", -1),
         ("reward", "norm_samples", 1),
+        ("dpo", "epochs", -1),
+        ("dpo", "beta", 0),
+        ("dpo", "label_smoothing", 0.5),
         ("ppo", "updates", 0),
         ("ppo", "rollouts", 1),
         ("ppo", "samples_per_prompt", 0),
@@ -238,7 +249,7 @@ def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("sft: [1, 2", "is not valid YAML"),
-        ("", "holds a NoneType; expected sections launcher, prepare, sft, reward, ppo, evaluate"),
+        ("", "holds a NoneType; expected sections launcher, prepare, sft, reward, ppo, dpo, evaluate"),
         ("- 1", "holds a list; expected sections"),
     ],
 )

@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 README = PROJECT / "README.md"
 DOCS = sorted((PROJECT / "docs").rglob("*.md"))
 PAGES = [README, PROJECT / "CHANGELOG.md", *DOCS]
-STAGES = ("prepare", "sft", "reward", "ppo", "evaluate")
+STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate")
 TIMINGS = ("_per_second",)  # recorded in MLflow only
 
 # What a placeholder of docs/metrics.md stands for.
@@ -94,7 +94,10 @@ def words(file: str, function: str) -> list[list[str]]:
     return [names for names in keys if names]
 
 
-OPTIONAL = {"ppo/kl_loss"}  # logged only where params.yaml asks for it
+# Logged only where params.yaml asks for it.
+OPTIONAL = {"ppo/kl_loss"} | {
+    f"dpo/{name}" for name in ("validation_loss", "validation_accuracy", "best_epoch", "rankings", "pairs", "tokens")
+}
 
 
 def below(prefixes: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -118,6 +121,9 @@ def logged_finals() -> set[str]:
     names |= below(["reward/accuracy_by_length/<bin>"], part)
     (by_kind,) = words("rlhf_core/reward.py", "accuracy_by_kind")
     names |= below(["reward/accuracy_by_kind/<kind>"], by_kind)
+
+    *_, trained = words("rlhf_core/dpo.py", "train_dpo")
+    names |= below(["dpo"], trained)
 
     *_, ends = words("rlhf_core/ppo.py", "train_ppo")
     names |= below(["ppo"], ends)
@@ -177,13 +183,14 @@ def test_the_metrics_of_the_last_run_are_those_documented() -> None:
         assert not {name for name in expected if not any(covers([name]).fullmatch(one) for one in real)}, shown(path)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_the_curves_of_the_last_run_are_those_documented(stage: str) -> None:
     path = PROJECT / "plots" / f"{stage}.csv"
     if path.is_file():  # DVC brings it; a fresh clone has none
         columns = set(path.read_text(encoding="utf-8").splitlines()[0].split(",")) - {"step"}
         expected = {name for name in documented("Curves") if name.startswith(f"{stage}/")}
-        assert columns == {name for name in expected if not name.endswith(TIMINGS)}
+        if columns or stage != "dpo":  # params.yaml may leave DPO out
+            assert columns == {name for name in expected if not name.endswith(TIMINGS)}
 
 
 def test_the_collector_sees_what_it_should() -> None:

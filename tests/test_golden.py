@@ -9,7 +9,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = PROJECT / "tests" / "golden"
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 # float32 on another processor: its matrix kernels add in another order, and every optimiser step carries that on.
 LOOSE = {"rel": 1e-4, "abs": 1e-6}
 

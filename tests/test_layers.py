@@ -61,6 +61,7 @@ ALLOWED = {
     "sft": {"base"},  # what it did lies in artifacts/base; so for the stages after
     "reward": {"base"},
     "ppo": {"base"},
+    "dpo": {"base"},
     "evaluate": {"base", "checkpoints", "optimisation"},  # the last two of the loops, whose other functions it uses
 }
 EVERYWHERE = {"config", "errors", "tracking"}  # values are DVC params; messages; what reports
@@ -81,7 +82,7 @@ def core_modules(path: Path, found: set[str]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("stage", ["prepare", "sft", "reward", "ppo", "evaluate"])
+@pytest.mark.parametrize("stage", ["prepare", "sft", "reward", "ppo", "dpo", "evaluate"])
 def test_dvc_watches_all_code_that_decides_a_stages_numbers(stage: str) -> None:
     deps = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"][stage]["deps"]
     watched = {Path(dep).stem for dep in deps if dep.startswith("rlhf_core/")}

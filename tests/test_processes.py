@@ -64,6 +64,7 @@ def test_accumulation_and_processes_change_nothing(
         sections = {
             "sft": section("sft", **supervised),
             "reward": section("reward", **supervised, center_coef=0.01),
+            "dpo": section("dpo", **supervised),
             "ppo": section(
                 "ppo", **{**common, "micro_batch_size": size // 4}, updates=2, rollouts=16, minibatch_size=4, epochs=2,
                 kl_coef=0.1, value_learning_rate=rate, missing_eos_penalty=1.0,

@@ -49,6 +49,7 @@ def test_every_stage_leaves_what_dvc_yaml_names(workspace: Path) -> None:
         "artifacts/reward/model": adapter | head,
         "artifacts/reward/gold": adapter | head,
         "artifacts/ppo/policy": adapter,
+        "artifacts/dpo/policy": adapter,
         "artifacts/ppo/value": adapter | head,
         "artifacts/evaluate": {"report.html", "answers.jsonl"},
         "metrics": {f"{stage}.json" for stage in STAGES},
@@ -70,6 +71,9 @@ def test_the_loops_take_the_steps_that_params_yaml_asks_for(workspace: Path) -> 
     train = len((workspace / "data/prepared/demonstrations_train.jsonl").read_text().splitlines())
     sft_steps = params.sft.epochs * -(-train // params.sft.batch_size)
     assert [row["step"] for row in rows(workspace / "plots/sft.csv")] == [str(step) for step in range(sft_steps + 1)]
+    rankings = len((workspace / "data/prepared/rankings_train.jsonl").read_text().splitlines())
+    dpo_steps = params.dpo.epochs * -(-rankings // params.dpo.batch_size)
+    assert [row["step"] for row in rows(workspace / "plots/dpo.csv")] == [str(n + 1) for n in range(dpo_steps)]
     ppo = rows(workspace / "plots/ppo.csv")
     assert [row["step"] for row in ppo] == [str(update) for update in range(1, params.ppo.updates + 1)]
     assert not [name for name in ppo[0] if name.endswith("_per_second")]

@@ -1,4 +1,4 @@
-"""A workspace with the pipeline's five stages, each a script that copies its input: what tests of the doors run."""
+"""A workspace with the pipeline's stages, each a script that copies its input: what tests of the doors run."""
 
 import os
 import shutil

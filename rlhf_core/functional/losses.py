@@ -230,30 +230,40 @@ def value_loss(
 
 
 def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Direct preference optimisation.
 
-        L = mean(−log σ(β ((log π_c − log π_ref,c) − (log π_r − log π_ref,r))))
+        d = β ((log π_c − log π_ref,c) − (log π_r − log π_ref,r))          L = mean(−(1 − ε) log σ(d) − ε log σ(−d))
 
-    Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290
+    Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290; with ε: Mitchell 2023, conservative DPO,
+    https://ericmitchell.ai/cdpo.pdf
 
     Args:
         policy_chosen, policy_rejected: any shape, float, nats. Log-probabilities of whole responses under the policy.
         ref_chosen, ref_rejected: the same shape. Under the reference.
         beta: β, how dear it is to leave the reference.
+        label_smoothing: ε in [0, ½), the share of pairs that are judged the wrong way round.
 
     Returns:
         A scalar, nats.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or ε is not in [0, ½).
     """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"expected label_smoothing in [0, 0.5); found {label_smoothing}")
     require_same_shape(
         policy_chosen=policy_chosen, policy_rejected=policy_rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
     )
-    lead = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
-    return _mean(-logsigmoid(beta * lead))
+    lead = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
+    return _mean(-logsigmoid(lead) + label_smoothing * lead)  # since −log σ(−d) = −log σ(d) + d
 
 
 def _ranks(scores_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, margins_BKK: Tensor | None = None) -> Tensor:

@@ -632,6 +632,13 @@ def test_dpo_loss_by_hand() -> None:
     close(dpo_loss(*arguments, beta=math.log(3) / 3), math.log(4 / 3))
 
 
+def test_dpo_loss_smoothed_by_hand() -> None:
+    # As above, σ = 3/4. A tenth of the pairs is judged the wrong way round: −0.9 log 3/4 − 0.1 log 1/4
+    arguments = (torch.tensor([x], dtype=torch.float64) for x in (-1.0, -4.0, -3.0, -3.0))
+    expected = -0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4)
+    close(dpo_loss(*arguments, beta=math.log(3) / 3, label_smoothing=0.1), expected)
+
+
 def dpo_case() -> tuple[Tensor, ...]:
     return tuple(numbers(5, seed=seed) * 3 - 5 for seed in range(4))
 
@@ -644,9 +651,19 @@ def test_dpo_loss_equals_loops() -> None:
     close(dpo_loss(*dpo_case(), beta=0.3), sum(terms) / 5)
 
 
-def test_dpo_loss_of_the_reference_itself_is_log_2() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_dpo_loss_of_the_reference_itself_is_log_2(smoothing: float) -> None:
     chosen, rejected, *_ = dpo_case()
-    close(dpo_loss(chosen, rejected, chosen, rejected, beta=0.3), math.log(2))
+    close(dpo_loss(chosen, rejected, chosen, rejected, beta=0.3, label_smoothing=smoothing), math.log(2))
+
+
+def test_a_smoothed_dpo_loss_mixes_both_ways_to_judge() -> None:
+    policy_c, policy_r, ref_c, ref_r = dpo_case()
+    right, wrong = dpo_loss(*dpo_case(), beta=0.3), dpo_loss(policy_r, policy_c, ref_r, ref_c, beta=0.3)
+    close(dpo_loss(*dpo_case(), beta=0.3, label_smoothing=0.2), 0.8 * right + 0.2 * wrong)
+    for outside in (-0.01, 0.5):
+        with pytest.raises(ValueError, match=r"expected label_smoothing in \[0, 0.5\); found"):
+            dpo_loss(*dpo_case(), beta=0.3, label_smoothing=outside)
 
 
 def test_dpo_loss_is_the_pairwise_loss_of_implicit_rewards() -> None:
@@ -658,6 +675,7 @@ def test_dpo_loss_is_the_pairwise_loss_of_implicit_rewards() -> None:
 def test_dpo_loss_gradient_and_huge_leads() -> None:
     leaves = tuple(x.requires_grad_() for x in dpo_case())
     assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, beta=0.3), leaves)
+    assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, beta=0.3, label_smoothing=0.2), leaves)
     zero = torch.zeros(1)
     assert dpo_loss(torch.tensor([-1e4]), zero, zero, zero, beta=1.0).item() == 1e4
 
