@@ -208,6 +208,35 @@ def compare(
 
 
 @app.command()
+def frontier(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN|REV]...", help="As `rlhf compare` takes them; all runs if none.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page, with a CSV file beside it; .rlhf/frontier.html.")
+    ] = None,
+) -> None:
+    """Draw what PPO, DPO and best-of-n of all runs reach over how far they went: reward over √KL on one page.
+
+    Runs that were judged by other reward models, or on other prompts, stand apart. Nothing is recorded.
+
+    - `rlhf frontier` takes every recorded run, and what lies on disk
+    - `rlhf frontier HEAD low-kl high-kl`
+    """
+    page = out or record_folder(find_root()) / "frontier.html"
+    from rlhf_core.frontier import on_frontier
+    from tasks.frontier import frontier as write_frontier
+
+    for group in write_frontier(names or [], page):
+        best = on_frontier(group.points, "gold_reward")
+        typer.echo(f"{len(group.points)} points, of which by gold reward and KL none beats these:")
+        for point, on in sorted(zip(group.points, best, strict=True), key=lambda pair: pair[0].kl):
+            if on:
+                typer.echo(f"  {point.method:<10} {point.gold_reward:6.2f} at {point.kl:5.1f} nats  {point.run}")
+    typer.echo(f"Page: {page}   numbers: {page.with_suffix('.csv')}")
+
+
+@app.command()
 def chat(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Whose policy answers: base, sft, ppo or dpo.")],
     temperature: Annotated[float | None, typer.Option(min=0.01, help="As in evaluate if not given.")] = None,

@@ -1,4 +1,4 @@
-"""The end of a run: base, SFT and PPO policy side by side, in the terminal and as a Prefect artifact."""
+"""The end of a run: the policies side by side, in the terminal and as a Prefect artifact."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 METRICS = Path("metrics/evaluate.json")
 REPORT = Path("artifacts/evaluate/report.html")
-POLICIES = ("base", "sft", "ppo")
+NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}  # in the order of columns
 ROWS = {  # key of metrics/evaluate.json → what a reader sees, and its digits
     "reward": ("reward", 2),
     "gold_reward": ("gold reward (never trained on)", 2),
@@ -20,31 +20,43 @@ ROWS = {  # key of metrics/evaluate.json → what a reader sees, and its digits
 }
 
 
+def judged(evaluate: Mapping[str, Any]) -> list[str]:
+    """The columns: DPO's only where there is one."""
+    return [policy for policy in NAMES if policy in evaluate or policy != "dpo"]
+
+
 def table_rows(evaluate: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row a quantity: its name, then base, SFT and PPO."""
+    """One row a quantity: its name, then one value a policy."""
     rows = []
     for key, (label, digits) in ROWS.items():
-        values = [evaluate.get(policy, {}).get(key) for policy in POLICIES]
+        values = [evaluate.get(policy, {}).get(key) for policy in judged(evaluate)]
         rows.append((label, *("–" if value is None else f"{value:z.{digits}f}" for value in values)))
     return rows
 
 
 def win_rates(evaluate: Mapping[str, Any]) -> list[str]:
-    """The two comparisons in words."""
+    """The comparisons in words, and what the best of n SFT answers is worth."""
     lines = []
-    for key, label in (("ppo_vs_sft", "PPO against SFT"), ("sft_vs_base", "SFT against base")):
+    for key in ("ppo_vs_sft", "ppo_vs_dpo", "dpo_vs_sft", "sft_vs_base"):
+        label = " against ".join(NAMES[policy] for policy in key.split("_vs_"))
         if found := evaluate.get(key):
             lines.append(
                 f"{label}: {found['gold_win_rate']:.0%} of comparisons won (95 % interval "
                 f"{found['gold_win_rate_low']:.0%} to {found['gold_win_rate_high']:.0%}), length-controlled "
                 f"{found['length_controlled_win_rate']:.0%}; the longest answer would win {found['longest_wins']:.0%}"
             )
+    for n, found in evaluate.get("best_of_n", {}).items():
+        lines.append(
+            f"Best of {n} SFT answers by the reward model: reward {found['reward']:.2f}, gold reward "
+            f"{found['gold_reward']:.2f}, KL to SFT at most {found['kl']:.1f}"
+        )
     return lines
 
 
 def markdown(evaluate: Mapping[str, Any]) -> str:
     """The table and the win rates as markdown."""
-    head = ["| | base | SFT | PPO |", "|---|---:|---:|---:|"]
+    names = [NAMES[policy] for policy in judged(evaluate)]
+    head = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     body = ["| " + " | ".join(row) + " |" for row in table_rows(evaluate)]
     return "\n".join([*head, *body, "", *(f"- {line}" for line in win_rates(evaluate)), "", f"Report: `{REPORT}`"])
 
@@ -57,7 +69,7 @@ def publish_results(root: Path) -> None:
     print_results(evaluate, root / REPORT)
     from prefect.artifacts import create_markdown_artifact
 
-    create_markdown_artifact(markdown(evaluate), key="rlhf-results", description="Base, SFT and PPO side by side")
+    create_markdown_artifact(markdown(evaluate), key="rlhf-results", description="The policies side by side")
 
 
 def print_results(evaluate: Mapping[str, Any], report: Path) -> None:
@@ -65,7 +77,7 @@ def print_results(evaluate: Mapping[str, Any], report: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "base", "SFT", "PPO", title="Held-out prompts")
+    table = Table("", *(NAMES[policy] for policy in judged(evaluate)), title="Held-out prompts")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in table_rows(evaluate):

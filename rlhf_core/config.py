@@ -5,12 +5,13 @@ Where a default comes from is told beside the field's meaning.
 """
 
 import difflib
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlhf_core.errors import ConfigError, MissingArtifact
 
@@ -196,6 +197,17 @@ class Evaluate(Section):
         ge=100, description="Resamples of prompts an interval; a length-controlled one takes 500."
     )
     report_prompts: int = Field(ge=1, description="Prompts shown side by side in the report.")
+    best_of_n: tuple[int, ...] = Field(
+        description="Each n for which the best of n SFT responses by the reward model is judged, from 2 upwards and "
+        "rising. The largest is the number of responses a prompt that have to be sampled."
+    )
+
+    @field_validator("best_of_n")
+    @classmethod
+    def _rises(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if sizes and (sizes[0] < 2 or any(low >= high for low, high in itertools.pairwise(sizes))):
+            raise ValueError("expected numbers from 2 upwards, each larger than the one before it, such as [2, 4, 8]")
+        return sizes
 
 
 class Judge(Section):

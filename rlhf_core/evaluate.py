@@ -1,4 +1,6 @@
-"""Judge base, SFT and PPO policy on held-out prompts: reward, gold reward, KL, perplexity, lengths and win rates.
+"""Judge policies on held-out prompts: reward, gold reward, KL, perplexity, lengths and win rates.
+
+The base, SFT and PPO policies, DPO's where there is one, and the best of n of SFT's responses where that is asked for.
 
 The gold reward model was trained on a split of prompts that PPO's reward model never saw. It scores a response by
 itself, so there is no order of presentation that could sway it. Statistics come from statistics.py; the report and
@@ -14,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import processes
+from rlhf_core.best_of_n import best_of_n
 from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
 from rlhf_core.models import REFERENCE, Roles, pack
@@ -23,7 +26,8 @@ from rlhf_core.sft import encode_demonstrations, perplexity
 from rlhf_core.statistics import distinct_n, length_controlled_win_rate, longest_wins, win_rate
 from rlhf_core.tracking import Tracker
 
-POLICIES = ("base", "sft", "ppo")
+POLICIES = ("base", "sft", "ppo")  # of every run; "dpo" may come on top
+COMPARISONS = (("ppo", "sft"), ("sft", "base"), ("dpo", "sft"), ("ppo", "dpo"))
 JUDGES = ("reward", "gold")
 SAMPLED_ROWS = 128  # prompts answered at once: each holds its keys and values of all layers
 MEASURED_ROWS = 16  # rows in one forward pass when responses are measured
@@ -48,6 +52,11 @@ class Evaluation(NamedTuple):
     sampled: dict[str, list[Response]]  # policy -> responses, samples_per_prompt a prompt
     greedy: dict[str, list[Response]]  # policy -> one response a prompt
 
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Who was judged."""
+        return tuple(self.sampled)
+
 
 def evaluate_policies(
     base: Roles,
@@ -59,30 +68,33 @@ def evaluate_policies(
     tokenizer: PreTrainedTokenizerBase,
     system: str,
     tracker: Tracker,
+    policies: Sequence[str] = POLICIES,
 ) -> Evaluation:
     """Sample every policy on every prompt, score, and compare.
 
     Args:
         base: the base model, with no role added.
-        tuned: the SFT model, with roles "ppo", "reward" and "gold".
+        tuned: the SFT model, with roles "reward" and "gold", and one for each policy beyond base and sft.
         prompts, demonstrations: the test split.
+        policies: who is judged.
     """
     encoded = [encode_prompt(tokenizer, record.prompt, system) for record in prompts]
     examples = encode_demonstrations(
         demonstrations, tokenizer, system=system, max_response_tokens=config.response_tokens
     )
-    players = {"base": (base, REFERENCE), "sft": (tuned, REFERENCE), "ppo": (tuned, "ppo")}
-    total = len(POLICIES) * (config.samples_per_prompt + 1)
+    more = max(max(config.best_of_n, default=0) - config.samples_per_prompt, 0)  # of SFT, for its best of n
+    total = len(policies) * (config.samples_per_prompt + 1) + more
     sampled: dict[str, list[Response]] = {}
     greedy: dict[str, list[Response]] = {}
+    pool: list[Response] = []  # what SFT said beyond its samples
     metrics: dict[str, Any] = {}
     done = 0
-    for policy in POLICIES:
-        roles, role = players[policy]
+    for policy in policies:
+        roles, role = (base if policy == "base" else tuned), (REFERENCE if policy in ("base", "sft") else policy)
         sampled[policy] = []
         # Every policy draws the same random numbers, so that differences are the policies' own.
         generator = torch.Generator().manual_seed(config.seed)
-        for turn in range(config.samples_per_prompt + 1):
+        for turn in range(config.samples_per_prompt + 1 + more * (policy == "sft")):
             responses: list[Response] = []
             for start in range(0, len(encoded), SAMPLED_ROWS):
                 answers = sample(
@@ -98,8 +110,10 @@ def evaluate_policies(
                 responses += _measure(base, tuned, policy, answers, config.temperature, tokenizer, first=start)
             if turn == 0:
                 greedy[policy] = responses
-            else:
+            elif turn <= config.samples_per_prompt:
                 sampled[policy] += responses
+            else:
+                pool += responses
             done += 1
             tokens = sum(response.tokens for response in responses)
             note = f"{policy} {'greedy' if turn == 0 else f'sample {turn}'}"
@@ -109,12 +123,23 @@ def evaluate_policies(
             "perplexity": perplexity(roles, role, examples, tokenizer.pad_token_id),
             "greedy": _summary(greedy[policy]),
         }
-    for left, right in (("ppo", "sft"), ("sft", "base")):
+    for left, right in COMPARISONS:
+        if left not in policies or right not in policies:
+            continue
         metrics[f"{left}_vs_{right}"] = {
             **compare(sampled[left], sampled[right], config),
             "greedy": compare(greedy[left], greedy[right], config),
         }
+    if config.best_of_n:
+        metrics["best_of_n"] = _best_of_n([*sampled["sft"], *pool], config.best_of_n)
     return Evaluation(metrics, sampled, greedy)
+
+
+def _best_of_n(responses: Sequence[Response], sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    """The reward model picks, and the gold one says what that was worth."""
+    proxy = [response.reward for response in responses]
+    gold = [response.gold_reward for response in responses]
+    return best_of_n([one.prompt for one in responses], proxy, {"reward": proxy, "gold_reward": gold}, sizes)
 
 
 def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluate) -> dict[str, Any]:
@@ -173,11 +198,11 @@ def _measure(
     for start in range(0, len(order), MEASURED_ROWS):
         rows = order[start : start + MEASURED_ROWS]
         packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
-        trunk = tuned.trunk(packed)  # once, for the reference, the PPO policy and both judges
+        trunk = tuned.trunk(packed)  # once, for the reference, the policy and both judges
         answer = (packed.ids_BT, packed.mask_BT)
         if policy != "sft":
             ref_BT, _ = tuned.logprobs(trunk, REFERENCE, *answer, temperature=temperature)
-            mine = (base.trunk(packed), REFERENCE) if policy == "base" else (trunk, "ppo")
+            mine = (base.trunk(packed), REFERENCE) if policy == "base" else (trunk, policy)
             own_BT, _ = (base if policy == "base" else tuned).logprobs(*mine, *answer, temperature=temperature)
             kl_B[rows] = (own_BT - ref_BT).sum(1).cpu()  # both are 0 beyond the response
         for judge, scores_B in raw.items():

@@ -4,44 +4,36 @@ Nothing in it points outside the file and nothing in it changes from run to run 
 numbers always give the same bytes. Leaves out every computation of a result: it shows what `evaluate` measured.
 """
 
-import io
 import math
 import os
-import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
-from rlhf_core.statistics import Array, LengthBin, ReliabilityBin
+from rlhf_core.charts import (
+    COLOURS,
+    house_style,
+    label_ends,
+    lacks,
+    new_axes,
+    number,
+    percent,
+    plain,
+    root,
+    running_mean,
+    short,
+    signed,
+    svg,
+)
+from rlhf_core.statistics import LengthBin, ReliabilityBin
 
-POLICIES = ("base", "sft", "ppo")
-NAMES = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
-
-# Charts are drawn in these marker colours, which become CSS variables, so that one SVG serves light and dark.
-COLOURS = {
-    "ink": "#010101", "muted": "#020202", "grid": "#030303", "paper": "#040404",
-    "base": "#050505", "sft": "#060606", "ppo": "#070707", "proxy": "#080808", "gold": "#090909",
-}  # fmt: skip
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "rlhf", "svg.fonttype": "none", "font.size": 11.5, "figure.facecolor": "none",
-    "axes.facecolor": "none", "axes.edgecolor": COLOURS["grid"], "axes.linewidth": 0.8, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "grid.color": COLOURS["grid"], "grid.linewidth": 0.8, "text.color": COLOURS["ink"],
-    "axes.labelcolor": COLOURS["muted"], "xtick.color": COLOURS["grid"], "ytick.color": COLOURS["grid"],
-    "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"], "ytick.major.size": 0,
-    "xtick.major.size": 3, "axes.labelsize": 11, "xtick.labelsize": 11, "ytick.labelsize": 11,
-    "text.parse_math": False, "lines.solid_capstyle": "round",
-}  # fmt: skip
-WIDTH, HEIGHT = 340 / 72, 190 / 72  # one panel, in inches of 72 units: drawn at about its own size on a phone
+POLICIES = ("base", "sft", "ppo")  # of every run
+NAMES = {"base": "Base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}  # in the order of columns
 
 # Rules of thumb of the checks; what a run has to reach is for its owner to say.
 KL_LIMIT = 10.0  # nats a response, past which short answers of a small model were seen to degrade
@@ -53,7 +45,7 @@ class FrontierPoint:
     """One policy on the plane of reward over distance from the SFT policy.
 
     Fields:
-        label: "base", "sft", "ppo", or "" for a step of the path.
+        label: "base", "sft", "ppo", "dpo", or "" for a step of the path.
         kl: nats a response to the SFT policy; drawn as √max(kl, 0).
         proxy: mean score of the reward model the policy was trained on.
         gold: mean score of the gold reward model, None where it was not asked.
@@ -97,16 +89,19 @@ class ReportData:
             `ppo_vs_sft`, `sft_vs_base`: each `gold_win_rate`, `gold_win_rate_low`, `gold_win_rate_high`,
             `length_controlled_win_rate` (optionally `…_low`, `…_high`), `longest_wins`, `prompts`; optionally
             `proxy_win_rate` (`…_low`, `…_high`) and `greedy` with the same keys. Rates are shares, not percent.
-        prepare, sft, reward, ppo: metrics/<stage>.json, nested as they are. Of `reward` the text uses `accuracy`,
+            Optionally `dpo` like a policy, `dpo_vs_sft` and `ppo_vs_dpo` like a comparison, and `best_of_n`: by n as a
+            string `reward`, `gold_reward` and `kl`.
+        prepare, sft, reward, ppo, dpo: metrics/<stage>.json, nested as they are. Of `reward` the text uses `accuracy`,
             `pairs`, `ece`, `ece_scaled`, `longest_wins` and optionally `temperature`; the rest stands in the appendix.
-        curves: "sft", "reward", "ppo" → rows of plots/<stage>.csv, each {"step": …, "ppo/kl": …}. A row lacks a metric
-            that was not measured at its step (None, NaN and "" count as lacking too); numbers may be strings.
+        curves: "sft", "reward", "ppo", "dpo" → rows of plots/<stage>.csv, each {"step": …, "ppo/kl": …}. A row lacks a
+            metric that was not measured at its step (None, NaN and "" count as lacking too); numbers may be strings.
         frontier: one point a PPO update, in order (`ppo/kl` and `ppo/score` of plots/ppo.csv), gold None.
-        policies: the end points measured on held-out prompts, labels "sft" and "ppo", gold given; others are not drawn.
+        policies: the end points measured on held-out prompts, labels "sft", "ppo" and "dpo", gold given; others are
+            not drawn.
         calibration: `reliability_bins` of the reward model on held-out pairs as trained.
         calibration_scaled: the same after temperature scaling.
         accuracy_by_length: `accuracy_by_length_difference` of the reward model on held-out pairs.
-        response_lengths: "base", "sft", "ppo" → tokens of each sampled held-out response.
+        response_lengths: "base", "sft", "ppo", "dpo" → tokens of each sampled held-out response.
         answers: the held-out prompts shown side by side, in the order shown.
         answers_how: how those answers were made, "greedy" or "sampled".
         judge: who judged, in one sentence.
@@ -118,6 +113,7 @@ class ReportData:
     sft: Mapping[str, Any] = field(default_factory=dict)
     reward: Mapping[str, Any] = field(default_factory=dict)
     ppo: Mapping[str, Any] = field(default_factory=dict)
+    dpo: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     frontier: Sequence[FrontierPoint] = ()
     policies: Sequence[FrontierPoint] = ()
@@ -161,13 +157,11 @@ def render_report(data: ReportData) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, number=number, plain=plain)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a matplotlibrc of the machine must not change the bytes
-        matplotlib.rcParams.update(STYLE)
+    with house_style():
         charts = _charts(data)
     page = environment.get_template("report.html.j2").render(
         data=data,
-        names=NAMES,
+        names={policy: NAMES[policy] for policy in _judged(data.evaluate)},
         verdict=verdict(data.evaluate),
         checks=checks(data.evaluate, data.reward),
         table=_table(data.evaluate, greedy=False),
@@ -182,6 +176,7 @@ def render_report(data: ReportData) -> str:
                 ("sft", data.sft),
                 ("reward", data.reward),
                 ("ppo", data.ppo),
+                ("dpo", data.dpo),
                 ("evaluate", data.evaluate),
             )
             if values
@@ -253,6 +248,11 @@ def verdict(evaluate: Mapping[str, Any]) -> Verdict:
     against_base = {1: "SFT in turn beats the base model", 0: "SFT and the base model cannot be told apart",
                     -1: "SFT is judged worse than the base model"}  # fmt: skip
     notes.append(f"{against_base[_side(base)]} ({percent(base['gold_win_rate'])}, {_interval(base)}).")
+    if "ppo_vs_dpo" in evaluate:
+        rates = evaluate["ppo_vs_dpo"]
+        against_dpo = {1: "PPO beats the DPO baseline", 0: "PPO and the DPO baseline cannot be told apart",
+                       -1: "The DPO baseline beats PPO"}  # fmt: skip
+        notes.append(f"{against_dpo[_side(rates)]} ({percent(rates['gold_win_rate'])}, {_interval(rates)}).")
     return Verdict(headline, sentence, tuple(notes))
 
 
@@ -283,31 +283,6 @@ def checks(evaluate: Mapping[str, Any], reward: Mapping[str, Any]) -> list[Check
     return found
 
 
-def percent(value: Any, digits: int = 0) -> str:
-    """A share as a percentage, "–" where there is none."""
-    return "–" if _lacks(value) else f"{100 * float(value):.{digits}f}%"
-
-
-def number(value: Any, digits: int = 2) -> str:
-    """A number with a true minus sign, "–" where there is none."""
-    if _lacks(value):
-        return "–"
-    text = f"{float(value):,.{digits}f}"
-    return text.replace("-", "−" if float(text.replace(",", "")) else "")
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """A difference, with its sign even when it is positive."""
-    text = number(value, digits)
-    return text if text.startswith("−") else f"+{text}"
-
-
-def plain(text: str) -> str:
-    """Text a browser and a UTF-8 file can hold: control characters and lone surrogates become U+FFFD."""
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
 def _interval(rates: Mapping[str, Any], name: str = "gold_win_rate") -> str:
     return _span(rates[f"{name}_low"], rates[f"{name}_high"]) + "%"
 
@@ -323,12 +298,8 @@ def _side(rates: Mapping[str, Any]) -> int:
     return int(rates["gold_win_rate_low"] > 0.5) - int(rates["gold_win_rate_high"] < 0.5)
 
 
-def _lacks(value: Any) -> bool:
-    return value is None or value == "" or not math.isfinite(float(value))
-
-
 def _get(values: Mapping[str, Any], key: str) -> float | None:
-    return None if _lacks(values.get(key)) else float(values[key])
+    return None if lacks(values.get(key)) else float(values[key])
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> float | None:
@@ -349,9 +320,14 @@ ROWS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
 )
 
 
+def _judged(evaluate: Mapping[str, Any]) -> list[str]:
+    """The policies that were, in the order of columns."""
+    return [policy for policy in NAMES if policy in evaluate]
+
+
 def _table(evaluate: Mapping[str, Any], *, greedy: bool) -> list[tuple[str, str, list[str]]]:
     """(name, meaning, one cell a policy) for each row that any policy has a number for."""
-    policies = [evaluate[policy].get("greedy", {}) if greedy else evaluate[policy] for policy in POLICIES]
+    policies = [evaluate[policy].get("greedy", {}) if greedy else evaluate[policy] for policy in _judged(evaluate)]
     return [
         (name, meaning, [show(policy.get(key)) for policy in policies])
         for key, name, meaning, show in ROWS
@@ -415,6 +391,11 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
         Panel("Reward model accuracy", "validation pairs; 0.5 is guessing",
               {"reward/validation_accuracy": ("", "proxy")}),
     ),
+    "dpo": (
+        Panel("DPO loss", "on the same rankings; 0.69 is SFT", {"dpo/loss": ("", "dpo")}),
+        Panel("DPO’s rewards", "β · log-ratio to SFT, nats; 0 is SFT",
+              {"dpo/chosen_reward": ("better", "dpo"), "dpo/rejected_reward": ("worse", "base")}),
+    ),
     "ppo": (
         Panel("Score and reward", "before and after the KL penalty",
               {"ppo/score": ("score", "proxy"), "ppo/reward": ("reward", "ppo")}),
@@ -445,8 +426,16 @@ def _charts(data: ReportData) -> dict[str, list[Chart]]:
         "wins": [
             _win_chart("PPO against SFT", data.evaluate["ppo_vs_sft"], "ppo"),
             _win_chart("SFT against base", data.evaluate["sft_vs_base"], "sft"),
+            *(
+                _win_chart(title, data.evaluate[pair], colour)
+                for pair, title, colour in (
+                    ("ppo_vs_dpo", "PPO against DPO", "ppo"),
+                    ("dpo_vs_sft", "DPO against SFT", "dpo"),
+                )
+                if pair in data.evaluate
+            ),
         ],
-        "frontier": [_frontier_chart(data.frontier, data.policies)],
+        "frontier": [_frontier_chart(data.frontier, data.policies, data.evaluate.get("best_of_n", {}))],
         "reward_model": [
             _calibration_chart(data.calibration, data.calibration_scaled, data.reward),
             _length_accuracy_chart(data.accuracy_by_length),
@@ -462,25 +451,25 @@ def _charts(data: ReportData) -> dict[str, list[Chart]]:
 
 
 def _curve_chart(panel: Panel, rows: Sequence[Mapping[str, Any]], unit: str) -> Chart | None:
-    figure, axes = _axes()
+    figure, axes = new_axes()
     ends: list[tuple[float, str, str]] = []
     said = []
     last = 0.0
     for metric, (label, colour) in panel.lines.items():
-        points = [(float(row["step"]), float(row[metric])) for row in rows if not _lacks(row.get(metric))]
+        points = [(float(row["step"]), float(row[metric])) for row in rows if not lacks(row.get(metric))]
         if not points:
             continue
         steps, values = np.array(points).T
         last = max(last, steps[-1])
         smooth = values
         if len(values) >= 15 and metric not in EXACT:
-            smooth = _running_mean(values)
+            smooth = running_mean(values)
             axes.plot(steps, values, color=COLOURS[colour], linewidth=0.9, alpha=0.4)
         axes.plot(
             steps, smooth, color=COLOURS[colour], linewidth=2, marker="o" if len(values) < 6 else "", markersize=4
         )
-        ends.append((float(smooth[-1]), f"{_short(smooth[-1])} {label}".strip(), colour))
-        said.append(f"{label or panel.title} goes from {_short(smooth[0])} to {_short(smooth[-1])}")
+        ends.append((float(smooth[-1]), f"{short(smooth[-1])} {label}".strip(), colour))
+        said.append(f"{label or panel.title} goes from {short(smooth[0])} to {short(smooth[-1])}")
     if not ends:
         return None
     low, high = axes.get_ylim()
@@ -489,11 +478,11 @@ def _curve_chart(panel: Panel, rows: Sequence[Mapping[str, Any]], unit: str) -> 
         axes.set_ylim(centre - 0.5 * abs(centre or 1), centre + 0.5 * abs(centre or 1))
     axes.locator_params(axis="y", nbins=4)
     axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
     axes.set_xlabel(unit)
-    _label_ends(axes, last, ends)
+    label_ends(axes, last, ends)
     alt = f"Line chart over {len(rows)} {unit}s. " + "; ".join(said) + "."
-    return Chart(panel.title, panel.note, _svg(figure, alt))
+    return Chart(panel.title, panel.note, svg(figure, alt))
 
 
 def _win_chart(title: str, rates: Mapping[str, Any], colour: str) -> Chart:
@@ -510,7 +499,7 @@ def _win_chart(title: str, rates: Mapping[str, Any], colour: str) -> Chart:
         )
         if _get(source, name) is not None
     ]
-    figure, axes = _axes(width=400 / 72, height=(34 + 38 * len(rows)) / 72)
+    figure, axes = new_axes(width=400 / 72, height=(34 + 38 * len(rows)) / 72)
     said = []
     for y, (label, source, name, row_colour) in zip(range(len(rows), 0, -1), rows, strict=True):
         rate, low, high = (_get(source, f"{name}{end}") for end in ("", "_low", "_high"))
@@ -535,48 +524,58 @@ def _win_chart(title: str, rates: Mapping[str, Any], colour: str) -> Chart:
     axes.set_xticklabels(["0", "25", "50%", "75", "100"])
     axes.grid(visible=False)
     return Chart(title, f"win rate on {rates['prompts']:.0f} held-out prompts, ties half; bars are 95% intervals",
-                 _svg(figure, f"{title}, win rates. " + "; ".join(said) + "."))  # fmt: skip
+                 svg(figure, f"{title}, win rates. " + "; ".join(said) + "."))  # fmt: skip
 
 
-def _frontier_chart(path: Sequence[FrontierPoint], policies: Sequence[FrontierPoint]) -> Chart | None:
-    """From SFT to PPO. The base model is not on the way and would only squeeze it."""
+def _frontier_chart(
+    path: Sequence[FrontierPoint], policies: Sequence[FrontierPoint], best_of_n: Mapping[str, Mapping[str, float]]
+) -> Chart | None:
+    """From SFT to PPO, and what the baselines reach. The base model is not on the way and would only squeeze it."""
     walked = [point for point in policies if point.label in ("sft", "ppo")]
     if not walked and not path:
         return None
-    figure, axes = _axes(width=420 / 72, height=300 / 72)
+    beside = [point for point in policies if point.label == "dpo"]
+    beside += [FrontierPoint(f"best of {n}", found["kl"], found["reward"], found["gold_reward"])
+               for n, found in best_of_n.items()]  # fmt: skip
+    figure, axes = new_axes(width=420 / 72, height=300 / 72)
     if path:
-        x, y = [_root(point.kl) for point in path], [point.proxy for point in path]
+        x, y = [root(point.kl) for point in path], [point.proxy for point in path]
         axes.plot(x, y, color=COLOURS["proxy"], linewidth=0.8, alpha=0.35)
         axes.scatter(x, y, s=14, color=COLOURS["proxy"], alpha=0.45, linewidth=0)
     said = []
     for name, colour, marker in (("proxy", "proxy", "o"), ("gold", "gold", "D")):
-        line = [(_root(point.kl), getattr(point, name)) for point in walked if getattr(point, name) is not None]
+        line = [(root(point.kl), getattr(point, name)) for point in walked if getattr(point, name) is not None]
         if len(line) > 1:
             axes.plot(*zip(*line, strict=True), color=COLOURS[colour], linewidth=2)
-        for point in walked:
+        picked = [(root(point.kl), getattr(point, name)) for point in (*walked[:1], *beside) if point.label != "dpo"]
+        if best_of_n:
+            axes.plot(*zip(*picked, strict=True), color=COLOURS[colour], linewidth=1, dashes=(3, 3))
+        for point in (*walked, *beside):
             value = getattr(point, name)
             if value is not None:
-                axes.plot(_root(point.kl), value, marker, color=COLOURS[colour], markersize=8, zorder=4)
+                hollow = COLOURS["paper"] if point not in walked else COLOURS[colour]
+                axes.plot(root(point.kl), value, marker, color=COLOURS[colour], markerfacecolor=hollow, markersize=8,
+                          markeredgewidth=1.6, zorder=4)  # fmt: skip
                 said.append(
-                    f"{NAMES.get(point.label, point.label)} {name} {number(value)} at √KL {number(_root(point.kl))}"
+                    f"{NAMES.get(point.label, point.label)} {name} {number(value)} at √KL {number(root(point.kl))}"
                 )
-    for point in walked:
+    for point in (*walked, *beside):
         top = max(value for value in (point.proxy, point.gold) if value is not None)
-        axes.annotate(NAMES.get(point.label, point.label), (_root(point.kl), top), (0, 9), textcoords="offset points",
+        axes.annotate(NAMES.get(point.label, point.label), (root(point.kl), top), (0, 9), textcoords="offset points",
                       ha="center", fontweight="bold", color=COLOURS.get(point.label, COLOURS["ink"]))  # fmt: skip
     if walked:
         end = walked[-1]
         ends = [(end.proxy, "reward model", "proxy")] + (
             [(end.gold, "gold judge", "gold")] if end.gold is not None else []
         )
-        _label_ends(axes, _root(end.kl), ends)
+        label_ends(axes, max(root(point.kl) for point in (*walked, *beside)), ends)
     axes.margins(x=0.06, y=0.14)
     axes.set_xlabel("√KL to SFT; small dots are PPO’s rollouts")
     axes.set_ylabel("score, in standard deviations")
     axes.locator_params(axis="y", nbins=6)
-    axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
     return Chart(
-        "Reward over distance", "", _svg(figure, "Scores over the square root of the KL. " + "; ".join(said) + ".")
+        "Reward over distance", "", svg(figure, "Scores over the square root of the KL. " + "; ".join(said) + ".")
     )
 
 
@@ -585,7 +584,7 @@ def _calibration_chart(
 ) -> Chart | None:
     if not before:
         return None
-    figure, axes = _axes(height=250 / 72)
+    figure, axes = new_axes(height=250 / 72)
     axes.plot([50, 100], [50, 100], color=COLOURS["muted"], linewidth=1, dashes=(3, 3))
     said = []
     for bins, label, colour, hollow in (
@@ -619,14 +618,14 @@ def _calibration_chart(
     return Chart(
         "Calibration",
         "held-out pairs; dots grow with the number of pairs",
-        _svg(figure, "Reliability diagram. " + "; ".join(said) + "."),
+        svg(figure, "Reliability diagram. " + "; ".join(said) + "."),
     )
 
 
 def _length_accuracy_chart(bins: Sequence[LengthBin]) -> Chart | None:
     if not bins:
         return None
-    figure, axes = _axes(height=250 / 72)
+    figure, axes = new_axes(height=250 / 72)
     axes.axhline(50, color=COLOURS["muted"], linewidth=1, dashes=(3, 3))
     axes.axhline(0, color=COLOURS["grid"], linewidth=0.8)
     x = range(len(bins))
@@ -640,17 +639,17 @@ def _length_accuracy_chart(bins: Sequence[LengthBin]) -> Chart | None:
              xlabel="length of the preferred response minus the other’s")  # fmt: skip
     said = "; ".join(f"{_whole(b.low)} to {_whole(b.high)}: {100 * b.accuracy:.0f}% of {b.pairs} pairs" for b in bins)
     return Chart("Accuracy by length difference", "who only counts words is right on the right, wrong on the left",
-                 _svg(figure, f"Reward model accuracy by length difference. {said}."))  # fmt: skip
+                 svg(figure, f"Reward model accuracy by length difference. {said}."))  # fmt: skip
 
 
 def _length_chart(lengths: Mapping[str, Sequence[int]]) -> Chart | None:
     """Three histograms over one axis, each with its own baseline and height: laid over each other they would hide."""
-    shown = [policy for policy in POLICIES if lengths.get(policy)]
+    shown = [policy for policy in NAMES if lengths.get(policy)]
     if not shown:
         return None
     longest = max(max(lengths[policy]) for policy in shown)
     edges = np.linspace(0, longest + 1, 25)
-    figure, axes = _axes(width=400 / 72, height=(50 + 76 * len(shown)) / 72)
+    figure, axes = new_axes(width=400 / 72, height=(50 + 76 * len(shown)) / 72)
     said = []
     for base, policy in zip(range(len(shown) - 1, -1, -1), shown, strict=True):
         counts = np.histogram(lengths[policy], edges)[0]
@@ -670,64 +669,8 @@ def _length_chart(lengths: Mapping[str, Sequence[int]]) -> Chart | None:
     return Chart(
         "Response lengths",
         "sampled answers to held-out prompts; ▼ marks the mean",
-        _svg(figure, "Histograms of response length. " + "; ".join(said) + "."),
+        svg(figure, "Histograms of response length. " + "; ".join(said) + "."),
     )
-
-
-def _axes(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write each line's name at its right end, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    height = axes.get_figure().get_size_inches()[1] * 72 - 45  # type: ignore[union-attr]
-    gap = 14 / height * (high - low)
-    position = -math.inf
-    for value, label, colour in sorted(ends):
-        position = max(value, position + gap)
-        axes.annotate(label, (x, position), (7, 0), textcoords="offset points", va="center", fontweight="bold",
-                      color=COLOURS[colour], annotation_clip=False)  # fmt: skip
-
-
-def _svg(figure: Figure, alt: str) -> Markup:
-    """The figure as an inline SVG: colours from CSS variables, the page's own font, no metadata, alt text inside."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    opening, _, drawing = buffer.getvalue().partition("<svg")[2].partition(">")
-    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
-    assert box is not None, "matplotlib always writes a viewBox"
-    drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r' id="[a-zA-Z.]+\d*_\d+"| transform="rotate\(-0 [^"]*"| ?font-family: [^;"]*;?', "", drawing)
-    # hundredths of a pixel are enough for coordinates; the words of the chart, outside of tags, keep every digit
-    drawing = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}", tag[0]), drawing)
-    prefix = f"{zlib.crc32(alt.encode()):08x}"  # two charts of one page share no id
-    drawing = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=xlink:href="#)', prefix, drawing).replace("xlink:href", "href")
-    for name, colour in COLOURS.items():
-        drawing = drawing.replace(colour, f"var(--{name})")
-    drawing = re.sub(r"\s*\n\s*", "\n", drawing)
-    width = f"{float(box[1]):.0f}"
-    return Markup(
-        f'<svg viewBox="{box[0][9:]} role="img" style="max-width:{width}px"><title>{escape(alt)}</title>{drawing}'
-    )
-
-
-def _running_mean(values: Array) -> Array:
-    """Mean over each value and its two neighbours on either side, as far as there are any."""
-    return np.array([values[max(0, i - 2) : i + 3].mean() for i in range(len(values))])
-
-
-def _root(kl: float) -> float:
-    return math.sqrt(max(kl, 0.0))  # the estimate of a KL near 0 can be negative
-
-
-def _short(value: float) -> str:
-    """Three significant digits, for axes and labels."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
 
 
 def _whole(value: float) -> str:

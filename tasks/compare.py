@@ -77,7 +77,7 @@ def _is_called(run: RecordedRun, name: str) -> bool:
     return run.name == name or run.run_id.startswith(name)
 
 
-def _ask_mlflow(question: Callable[..., Answer], *arguments: str) -> Answer:
+def _ask_mlflow(question: Callable[..., Answer], *arguments: str | int) -> Answer:
     try:
         return question(*arguments)
     except Exception as error:  # border: MLflow
@@ -96,6 +96,19 @@ def find_snapshot(name: str) -> Snapshot:
     run = _ask_mlflow(find_recorded_run, name)
     if run is None:
         raise MissingArtifact(_unknown(name, _ask_mlflow(newest_pipeline_runs)))
+    return _from_run(run)
+
+
+def recorded_snapshots(count: int = 1000) -> list[Snapshot]:
+    """Pipeline runs in MLflow, the oldest first.
+
+    Raises:
+        ResourceError: MLflow does not answer.
+    """
+    return [_from_run(run) for run in reversed(_ask_mlflow(newest_pipeline_runs, count))]
+
+
+def _from_run(run: RecordedRun) -> Snapshot:
     return Snapshot(run.name, f"MLflow {run.run_id[:8]}", run.params, run.metrics, run.dependencies, run)
 
 

@@ -1,4 +1,4 @@
-"""Stage evaluate: the three policies on held-out prompts, and the report. See rlhf_core/evaluate.py and report.py."""
+"""Stage evaluate: the policies on held-out prompts, and the report. See rlhf_core/evaluate.py and report.py."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,8 @@ from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.records import Prompt
 from rlhf_core.report import Answer, FrontierPoint, ReportData, SideBySide, write_report
 from rlhf_core.statistics import LengthBin, ReliabilityBin
+from tasks.dpo import NO_POLICY
+from tasks.dpo import POLICY_FOLDER as DPO_FOLDER
 from tasks.files import read_csv, write_csv, write_jsonl
 from tasks.ppo import POLICY_FOLDER
 from tasks.prepare import BASE, PREPARED
@@ -21,18 +23,23 @@ FOLDER = Path("artifacts/evaluate")
 
 
 def main() -> None:
-    with stage_run("evaluate", deps=[BASE, SFT_MODEL, *REWARD_FOLDERS.values(), POLICY_FOLDER, PREPARED]) as run:
+    deps = [BASE, SFT_MODEL, *REWARD_FOLDERS.values(), POLICY_FOLDER, DPO_FOLDER, PREPARED]
+    with stage_run("evaluate", deps=deps) as run:
         config = run.params.evaluate
         prompts = load_prepared(PREPARED, "prompts", ["test"])
         demonstrations = load_prepared(PREPARED, "demonstrations", ["test"])
         run.log_dataset("prepared", PREPARED, context="evaluation", prompts=len(prompts))
         base, tuned = Roles(BASE), Roles(SFT_MODEL)
         tuned.add("ppo", start=POLICY_FOLDER)
+        policies = POLICIES
+        if not NO_POLICY.is_file():
+            tuned.add("dpo", start=DPO_FOLDER)
+            policies = (*POLICIES, "dpo")
         for role, folder in REWARD_FOLDERS.items():
             tuned.add(role, head=True, start=folder)
         evaluation = evaluate_policies(
             base, tuned, prompts, demonstrations, config,
-            tokenizer=load_tokenizer(BASE), system=run.params.prepare.system, tracker=run,
+            tokenizer=load_tokenizer(BASE), system=run.params.prepare.system, tracker=run, policies=policies,
         )  # fmt: skip
         if not run.main:
             return
@@ -45,23 +52,22 @@ def main() -> None:
 
 
 def _frontier_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """KL and scores along PPO's path, then of the three policies on held-out prompts."""
+    """KL and scores along PPO's path, then on held-out prompts of the policies and of the best of n."""
     rows: list[dict[str, Any]] = [
         {"point": f"update {row['step']}", "kl": row["ppo/kl"], "reward": row["ppo/score"], "gold_reward": ""}
         for row in read_csv(Path("plots/ppo.csv"))
     ]
-    for policy in POLICIES:
-        found = evaluation.metrics[policy]
-        rows.append(
-            {"point": policy, "kl": found["kl"], "reward": found["reward"], "gold_reward": found["gold_reward"]}
-        )
+    points = {policy: evaluation.metrics[policy] for policy in evaluation.policies}
+    points |= {f"best of {n}": found for n, found in evaluation.metrics.get("best_of_n", {}).items()}
+    for point, found in points.items():
+        rows.append({"point": point, "kl": found["kl"], "reward": found["reward"], "gold_reward": found["gold_reward"]})
     return rows
 
 
 def _length_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
         {"policy": policy, "prompt": response.prompt, "tokens": response.tokens}
-        for policy in POLICIES
+        for policy in evaluation.policies
         for response in evaluation.sampled[policy]
     ]
 
@@ -70,7 +76,7 @@ def _answer_rows(evaluation: Evaluation, prompts: list[Prompt]) -> list[dict[str
     """Every response that was judged, for whoever wants to judge again."""
     rows = []
     for how, by_policy in (("greedy", evaluation.greedy), ("sampled", evaluation.sampled)):
-        for policy in POLICIES:
+        for policy in evaluation.policies:
             for response in by_policy[policy]:
                 row = response._asdict() | {"prompt": prompts[response.prompt].prompt[-1][1]}
                 rows.append({"policy": policy, "how": how, "category": prompts[response.prompt].category, **row})
@@ -79,9 +85,10 @@ def _answer_rows(evaluation: Evaluation, prompts: list[Prompt]) -> list[dict[str
 
 def _report(evaluation: Evaluation, prompts: list[Prompt], params: dict[str, Any]) -> ReportData:
     stages = {
-        stage: json.loads(Path(f"metrics/{stage}.json").read_text()) for stage in ("prepare", "sft", "reward", "ppo")
+        stage: json.loads(Path(f"metrics/{stage}.json").read_text())
+        for stage in ("prepare", "sft", "reward", "ppo", "dpo")
     }
-    curves = {stage: read_csv(Path(f"plots/{stage}.csv")) for stage in ("sft", "reward", "ppo")}
+    curves = {stage: read_csv(Path(f"plots/{stage}.csv")) for stage in ("sft", "reward", "ppo", "dpo")}
     bins = [row for row in read_csv(Path("plots/calibration.csv")) if row["model"] == "reward"]
     metrics = evaluation.metrics
     return ReportData(
@@ -92,12 +99,14 @@ def _report(evaluation: Evaluation, prompts: list[Prompt], params: dict[str, Any
         frontier=[FrontierPoint("", float(row["ppo/kl"]), float(row["ppo/score"])) for row in curves["ppo"]],
         policies=[
             FrontierPoint(name, metrics[name]["kl"], metrics[name]["reward"], metrics[name]["gold_reward"])
-            for name in POLICIES
+            for name in evaluation.policies
         ],
         calibration=[_bin(row) for row in bins if row["scaled"] == "0"],
         calibration_scaled=[_bin(row) for row in bins if row["scaled"] == "1"],
         accuracy_by_length=_length_bins(stages["reward"]["accuracy_by_length"]),
-        response_lengths={name: [response.tokens for response in evaluation.sampled[name]] for name in POLICIES},
+        response_lengths={
+            name: [response.tokens for response in evaluation.sampled[name]] for name in evaluation.policies
+        },
         answers=_side_by_side(evaluation, prompts, params["evaluate"]["report_prompts"]),
     )
 

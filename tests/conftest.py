@@ -118,6 +118,7 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "response_tokens": 6,
             "bootstrap_samples": 100,
             "report_prompts": 2,
+            "best_of_n": (),
         },
     ),
     "judge": (

@@ -30,8 +30,9 @@ TIMINGS = ("_per_second",)  # recorded in MLflow only
 # What a placeholder of docs/metrics.md stands for.
 PLACEHOLDERS = {
     "split": "train|validation|test|gold",
-    "policy": "base|sft|ppo",
-    "comparison": "ppo_vs_sft|sft_vs_base",
+    "policy": "base|sft|ppo|dpo",
+    "comparison": "ppo_vs_sft|sft_vs_base|dpo_vs_sft|ppo_vs_dpo",
+    "n": "[0-9]+",
     "kind": "[^/]+",
     "bin": "[^/]+",
 }
@@ -95,9 +96,14 @@ def words(file: str, function: str) -> list[list[str]]:
 
 
 # Logged only where params.yaml asks for it.
-OPTIONAL = {"ppo/kl_loss"} | {
-    f"dpo/{name}" for name in ("validation_loss", "validation_accuracy", "best_epoch", "rankings", "pairs", "tokens")
-}
+OPTIONAL = (
+    {"ppo/kl_loss"}
+    | {f"evaluate/best_of_n/<n>/{name}" for name in ("reward", "gold_reward", "kl")}
+    | {
+        f"dpo/{name}"
+        for name in ("validation_loss", "validation_accuracy", "best_epoch", "rankings", "pairs", "tokens")
+    }
+)
 
 
 def below(prefixes: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -131,7 +137,9 @@ def logged_finals() -> set[str]:
 
     each = [name for found in words("rlhf_core/evaluate.py", "_summary") for name in found]
     _, compared = words("rlhf_core/evaluate.py", "compare")
-    _, (perplexity, greedy), (again,) = words("rlhf_core/evaluate.py", "evaluate_policies")
+    (perplexity, greedy), (again,) = words("rlhf_core/evaluate.py", "evaluate_policies")
+    (picked,), ((kl,),) = words("rlhf_core/evaluate.py", "_best_of_n"), words("rlhf_core/best_of_n.py", "best_of_n")
+    names |= below(["evaluate/best_of_n/<n>"], [*picked, kl])
     assert greedy == again == "greedy"
     names |= below(["evaluate/<policy>", "evaluate/<policy>/greedy"], each) | {f"evaluate/<policy>/{perplexity}"}
     return names | below(["evaluate/<comparison>", "evaluate/<comparison>/greedy"], compared)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import evaluate
+from rlhf_core.best_of_n import best_of_n_kl
 from rlhf_core.evaluate import POLICIES, Evaluation, Response, compare, evaluate_policies
 from rlhf_core.models import Normaliser, Roles
 from rlhf_core.records import Demonstration, Prompt
@@ -107,18 +109,23 @@ def folders(
 
         found = {"sft": save("policy", llama, head=False, by=0.1)}
         found["ppo"] = save("ppo", found["sft"], head=False, by=0.1 if move else 0.0)
+        found["dpo"] = save("dpo", found["sft"], head=False, by=0.2)
         found |= {role: save(role, found["sft"], head=True, by=0.1) for role in ("reward", "gold")}
         return found
 
     return build
 
 
-def run(llama: Path, folders: dict[str, Path], config: Any, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
+def run(
+    llama: Path, folders: dict[str, Path], config: Any, tokenizer: PreTrainedTokenizerFast, *, dpo: bool = False
+) -> Evaluation:
     tuned = Roles(folders["sft"])
-    tuned.add("ppo", start=folders["ppo"])
+    policies = (*POLICIES, "dpo") if dpo else POLICIES
+    for policy in policies[2:]:
+        tuned.add(policy, start=folders[policy])
     for role in ("reward", "gold"):
         tuned.add(role, head=True, start=folders[role])
-    options = {"tokenizer": tokenizer, "system": "", "tracker": NullTracker()}
+    options = {"tokenizer": tokenizer, "system": "", "tracker": NullTracker(), "policies": policies}
     return evaluate_policies(Roles(llama), tuned, PROMPTS, DEMONSTRATIONS, config, **options)
 
 
@@ -233,3 +240,99 @@ def test_a_greedy_answer_does_not_hang_on_the_seed(
     for policy in POLICIES:
         assert [one.text for one in first.greedy[policy]] == [one.text for one in other.greedy[policy]]
         assert [one.text for one in first.sampled[policy]] != [one.text for one in other.sampled[policy]]
+
+
+@pytest.fixture(scope="module")
+def beside(llama: Path, folders: Callable[..., dict[str, Path]], section: Any, tokenizer: Any) -> Evaluation:
+    """With both baselines."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = partial(length_controlled_win_rate)
+        patch.setattr(evaluate, "length_controlled_win_rate", lambda *a, **k: quick(*a, **{**k, "samples": 5}))
+        return run(llama, folders(move=True), section("evaluate", best_of_n=(2, 5)), tokenizer, dpo=True)
+
+
+def test_a_dpo_policy_is_judged_as_the_others_are(beside: Evaluation) -> None:
+    assert beside.policies == (*POLICIES, "dpo")
+    assert set(beside.metrics) == {
+        *beside.policies,
+        "ppo_vs_sft",
+        "sft_vs_base",
+        "dpo_vs_sft",
+        "ppo_vs_dpo",
+        "best_of_n",
+    }
+    assert set(beside.metrics["dpo"]) == {*SUMMARY, "perplexity", "greedy"}
+    assert set(beside.metrics["ppo_vs_dpo"]) == {*COMPARISON, "greedy"}
+    assert any(abs(one.kl) > 0.01 for one in beside.sampled["dpo"])
+    ppo, dpo = ([one.kl for one in beside.sampled[policy]] for policy in ("ppo", "dpo"))
+    assert ppo != dpo
+    assert beside.metrics["dpo"]["perplexity"] != beside.metrics["ppo"]["perplexity"]
+    wins = beside.metrics["dpo_vs_sft"]["proxy_win_rate"]
+    left, right = beside.sampled["dpo"], beside.sampled["sft"]
+    pairs = [(a.reward, b.reward) for a in left for b in right if a.prompt == b.prompt]
+    assert wins == pytest.approx(sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs), rel=1e-12)
+
+
+def test_the_kl_of_dpo_is_its_own(llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any) -> None:
+    found = run(llama, folders(move=False), section("evaluate"), tokenizer, dpo=True)  # PPO is SFT, DPO is not
+    assert [one.kl for one in found.sampled["ppo"]] == pytest.approx([0.0] * 6, abs=1e-5)  # float32
+    assert sum(one.kl for one in found.sampled["dpo"]) > 0.1
+
+
+def test_baselines_change_no_number_of_the_others(
+    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any
+) -> None:
+    places = folders(move=True)
+    moved = run(llama, places, section("evaluate"), tokenizer)
+    beside = run(llama, places, section("evaluate", best_of_n=(4,)), tokenizer, dpo=True)
+    for policy in POLICIES:
+        ours, theirs = beside.sampled[policy], moved.sampled[policy]
+        assert [one.text for one in ours] == [one.text for one in theirs]
+        assert [one.reward for one in ours] == pytest.approx([one.reward for one in theirs], rel=1e-5)  # float32
+    for name in ("ppo_vs_sft", "sft_vs_base"):
+        assert beside.metrics[name].pop("greedy") == pytest.approx(moved.metrics[name].pop("greedy"), rel=1e-5)
+        assert beside.metrics[name] == pytest.approx(moved.metrics[name], rel=1e-5)
+
+
+def test_the_best_of_n_is_picked_by_the_reward_model_among_all_that_sft_said(
+    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any
+) -> None:
+    places = folders(move=True)
+    # SFT alone says five responses a prompt where five are asked for: the two samples and three more.
+    every = run(llama, places, section("evaluate", samples_per_prompt=5), tokenizer).sampled["sft"]
+    found = run(llama, places, section("evaluate", best_of_n=(2, 5)), tokenizer)
+    assert set(found.metrics["best_of_n"]) == {"2", "5"}
+    assert len(found.sampled["sft"]) == 6
+    best = [max((one for one in every if one.prompt == n), key=lambda one: one.reward) for n in range(3)]
+    assert found.metrics["best_of_n"]["5"] == pytest.approx(
+        {
+            "reward": sum(one.reward for one in best) / 3,
+            "gold_reward": sum(one.gold_reward for one in best) / 3,
+            "kl": best_of_n_kl(5),
+        },
+        rel=1e-6,
+    )
+    two = []
+    for n in range(3):
+        said = [one for one in every if one.prompt == n]
+        two += [max(pair, key=lambda one: one.reward).gold_reward for pair in combinations(said, 2)]
+    assert found.metrics["best_of_n"]["2"]["gold_reward"] == pytest.approx(sum(two) / len(two), rel=1e-6)
+
+
+def test_where_enough_was_sampled_the_best_of_n_costs_nothing(
+    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "sample", watched)
+    places, count = folders(move=True), {}
+    for sizes in ((), (2,), (2, 4)):
+        calls.clear()
+        found = run(llama, places, section("evaluate", best_of_n=sizes), tokenizer)
+        count[sizes] = len(calls)
+    assert count == {(): 9, (2,): 9, (2, 4): 11}
+    assert set(found.metrics["best_of_n"]) == {"2", "4"}

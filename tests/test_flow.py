@@ -214,3 +214,23 @@ def test_the_table_shows_what_is_there() -> None:
     assert rows["KL to SFT, nats a response"] == ("–", "–", "4.4")
     assert rows["perplexity of demonstrations"][2] == "0.0"  # and not -0.0
     assert "| reward | 1.23 | 2.00 | -3.00 |" in markdown(evaluate)
+    assert [line for line in markdown(evaluate).splitlines() if line.startswith("| |")] == ["| | base | SFT | PPO |"]
+
+
+def test_the_table_has_a_place_for_baselines_where_there_are_some() -> None:
+    rates = dict.fromkeys(
+        ("gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "length_controlled_win_rate", "longest_wins"), 0.5
+    )
+    evaluate = {
+        "base": {"reward": 1.0},
+        "sft": {"reward": 2.0},
+        "ppo": {"reward": 4.0},
+        "dpo": {"reward": 3.0},
+        "ppo_vs_dpo": rates,
+        "best_of_n": {"4": {"reward": 1.5, "gold_reward": 0.75, "kl": 0.636}},
+    }
+    assert table_rows(evaluate)[0] == ("reward", "1.00", "2.00", "3.00", "4.00")
+    text = markdown(evaluate)
+    assert "| | base | SFT | DPO | PPO |\n|---|---:|---:|---:|---:|\n| reward | 1.00 | 2.00 | 3.00 | 4.00 |" in text
+    assert "- PPO against DPO: 50% of comparisons won" in text
+    assert "- Best of 4 SFT answers by the reward model: reward 1.50, gold reward 0.75, KL to SFT at most 0.6" in text

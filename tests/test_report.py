@@ -10,17 +10,15 @@ import matplotlib
 import numpy as np
 import pytest
 
+from rlhf_core.best_of_n import best_of_n_kl
+from rlhf_core.charts import STYLE, number, percent, signed
 from rlhf_core.report import (
-    STYLE,
     Answer,
     FrontierPoint,
     ReportData,
     SideBySide,
     checks,
-    number,
-    percent,
     render_report,
-    signed,
     verdict,
     write_report,
 )
@@ -166,6 +164,32 @@ def bad_report() -> ReportData:
         "sft_vs_base": {"gold_win_rate": 0.52, "gold_win_rate_low": 0.43, "gold_win_rate_high": 0.61, "prompts": 64},
     }
     return ReportData(params=data.params, evaluate=evaluate, answers=data.answers[:1])
+
+
+def report_with_baselines() -> ReportData:
+    data = fake_report()
+    rng = np.random.default_rng(1)
+    dpo = {**data.evaluate["ppo"], "kl": 9.4, "reward": 0.93, "gold_reward": 0.44}
+    loses = {"gold_win_rate": 0.58, "gold_win_rate_low": 0.51, "gold_win_rate_high": 0.66, "prompts": 64}
+    evaluate = {
+        **data.evaluate,
+        "dpo": dpo,
+        "dpo_vs_sft": {**loses, "length_controlled_win_rate": 0.55},
+        "ppo_vs_dpo": {**loses, "gold_win_rate": 0.54, "gold_win_rate_low": 0.47},
+        "best_of_n": {
+            str(n): {"reward": 0.02 + 0.6 * i, "gold_reward": 0.05 + 0.3 * i, "kl": best_of_n_kl(n)}
+            for i, n in enumerate((2, 4, 16), start=1)
+        },
+    }
+    losses = [
+        {"step": s, "dpo/loss": 0.45 + 0.24 * np.exp(-s / 8) + rng.normal(0, 0.02), "dpo/chosen_reward": -0.02 * s,
+         "dpo/rejected_reward": -0.05 * s} for s in range(1, 29)
+    ]  # fmt: skip
+    lengths = {**data.response_lengths, "dpo": [response + 3 for response in data.response_lengths["ppo"]]}
+    return replace(
+        data, evaluate=evaluate, dpo={"pairs": 1200}, curves={**data.curves, "dpo": losses}, response_lengths=lengths,
+        policies=[*data.policies, FrontierPoint("dpo", dpo["kl"], dpo["reward"], dpo["gold_reward"])],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -405,3 +429,40 @@ def test_numbers_are_written_as_a_person_would() -> None:
     ]
     assert [signed(value) for value in (0.5, -0.5)] == ["+0.50", "−0.50"]
     assert [percent(value) for value in (0.643, 1, None)] == ["64%", "100%", "–"]
+
+
+# ---- baselines -----------------------------------------------------------------------------------------------------
+
+
+def columns(page: str) -> list[str]:
+    table = page[page.index('<table class="policies">') :]
+    return re.findall(r'<th scope="col" class="(\w+)">', table[: table.index("</thead>")])
+
+
+def test_baselines_have_a_place_where_there_are_some_and_none_where_not(page: str) -> None:
+    assert columns(page) == ["base", "sft", "ppo"]
+    assert "DPO" not in Tags(page).text
+    assert "best of" not in page
+    with_them = render_report(report_with_baselines())
+    assert columns(with_them) == ["base", "sft", "dpo", "ppo"]
+    titles = re.findall(r"<title>(.*?)</title>", with_them)
+    (frontier,) = [title for title in titles if title.startswith("Scores over the square root")]
+    for words in ("DPO proxy 0.93 at √KL 3.07", "DPO gold 0.44", "best of 4 proxy 1.22 at √KL 0.80", "best of 16 gold"):
+        assert words in frontier
+    for heading in ("PPO against DPO", "DPO against SFT", "DPO loss", "DPO’s rewards"):
+        assert f"{heading}</h3>" in with_them
+    assert len(titles) == 22 + 4 + 1  # the page's own
+    assert any(title.startswith("Histograms") and "DPO: mean" in title for title in titles)
+    assert "at most log n − (n − 1)/n" in Tags(with_them).text
+    assert Tags(with_them).open == []
+    ids = [value for _, attributes in Tags(with_them).tags if (value := attributes.get("id"))]
+    assert len(ids) == len(set(ids))
+
+
+def test_ppo_is_held_against_dpo_in_words() -> None:
+    evaluate = dict(report_with_baselines().evaluate)
+    assert "PPO and the DPO baseline cannot be told apart (54%, 47–\N{WORD JOINER}66%)." in verdict(evaluate).notes
+    evaluate["ppo_vs_dpo"] = {**evaluate["ppo_vs_dpo"], "gold_win_rate_low": 0.51}
+    assert verdict(evaluate).notes[-1].startswith("PPO beats the DPO baseline")
+    evaluate["ppo_vs_dpo"] |= {"gold_win_rate_low": 0.3, "gold_win_rate_high": 0.44}
+    assert verdict(evaluate).notes[-1].startswith("The DPO baseline beats PPO")

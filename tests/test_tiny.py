@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,8 +82,15 @@ def test_the_loops_take_the_steps_that_params_yaml_asks_for(workspace: Path) -> 
 
 def test_the_evaluation_has_its_fixed_names(workspace: Path) -> None:
     found = json.loads((workspace / "metrics/evaluate.json").read_text())
-    assert all(set(found[policy]) >= POLICY_KEYS for policy in ("base", "sft", "ppo"))
-    assert all(set(found[pair]) >= PAIR_KEYS | {"prompts"} for pair in ("ppo_vs_sft", "sft_vs_base"))
+    assert all(set(found[policy]) >= POLICY_KEYS for policy in ("base", "sft", "ppo", "dpo"))
+    pairs = ("ppo_vs_sft", "sft_vs_base", "dpo_vs_sft", "ppo_vs_dpo")
+    assert all(set(found[pair]) >= PAIR_KEYS | {"prompts"} for pair in pairs)
+    assert set(found["best_of_n"]) == {"2", "4"}
+    assert found["sft"]["reward"] < found["best_of_n"]["2"]["reward"] < found["best_of_n"]["4"]["reward"]
+    points = [row["point"] for row in rows(workspace / "plots/frontier.csv")]
+    assert points[-6:] == ["base", "sft", "ppo", "dpo", "best of 2", "best of 4"]
+    answers = (workspace / "artifacts/evaluate/answers.jsonl").read_text().splitlines()
+    assert {json.loads(line)["policy"] for line in answers} == {"base", "sft", "ppo", "dpo"}
     assert found["sft"]["kl"] == 0.0
     reward = json.loads((workspace / "metrics/reward.json").read_text())
     assert set(reward) >= {"accuracy", "pairs", "ece", "ece_scaled", "longest_wins"}
@@ -116,3 +124,20 @@ def test_another_kl_coefficient_runs_ppo_and_evaluate_only(workspace: Path) -> N
     apply_overrides(["ppo.kl_coef=0.2"], root=workspace)
     ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
     assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':"]
+
+
+def test_without_baselines_their_stage_leaves_a_note_and_nothing_else_changes(workspace: Path) -> None:
+    before = json.loads((workspace / "metrics/evaluate.json").read_text())
+    apply_overrides(["dpo.epochs=0", "evaluate.best_of_n=[]"], root=workspace)
+    ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
+    assert ran == ["Running stage 'dpo':", "Running stage 'evaluate':"]
+    assert "up to date" in dvc(workspace, "status")
+    assert [path.name for path in (workspace / "artifacts/dpo/policy").iterdir()] == ["none.json"]
+    assert (workspace / "plots/dpo.csv").read_text() == "step\n"
+    after = json.loads((workspace / "metrics/evaluate.json").read_text())
+    assert set(before) - set(after) == {"dpo", "dpo_vs_sft", "ppo_vs_dpo", "best_of_n"}
+    for policy in ("base", "sft", "ppo"):
+        assert {**after[policy], "greedy": 0} == pytest.approx({**before[policy], "greedy": 0}, rel=1e-4)
+    shutil.rmtree(workspace / "artifacts/dpo")
+    dvc(workspace, "checkout", "dpo")
+    assert (workspace / "artifacts/dpo/policy/none.json").is_file()
