@@ -6,14 +6,17 @@ look. Leaves out where runs come from: that is tasks/frontier.py's business.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from rlhf_core.charts import COLOURS, house_style, new_axes, number, plain, root, short, svg
 
 MARKS = {"SFT": ("o", "sft"), "PPO": ("o", "ppo"), "DPO": ("D", "dpo"), "best of": ("s", "gold")}
 JUDGES = {"gold_reward": "Gold reward", "reward": "Reward that PPO was trained on"}
+CORNERS = ((-11, 9), (11, -9), (11, 9), (-11, -9))  # of a mark, points
 KEY = "● SFT and PPO   ◆ DPO   ■ best of n SFT answers   grey: beaten"
 
 
@@ -74,17 +77,17 @@ def _chart(points: Sequence[Point], judge: str) -> Markup:
     best = on_frontier(points, judge)
     line = sorted((root(point.kl), getattr(point, judge)) for point, on in zip(points, best, strict=True) if on)
     axes.step(*zip(*line, strict=True), where="post", color=COLOURS["muted"], linewidth=1, dashes=(3, 3))
-    said = []
+    said, labels = [], []
     for place, (point, on) in enumerate(zip(points, best, strict=True), start=1):
         marker, colour = next(mark for method, mark in MARKS.items() if point.method.startswith(method))
         x, y = root(point.kl), getattr(point, judge)
         size, colour = (9, colour) if on else (6, "grid")
         axes.plot(x, y, marker, color=COLOURS[colour], markersize=size, zorder=size)
         if on:
-            axes.annotate(str(place), (x, y), (-7, 6), textcoords="offset points", ha="right", fontweight="bold",
-                          color=COLOURS[colour])  # fmt: skip
+            labels.append((x, y, str(place), colour))
             said.append(f"{place}, {point.method} of {plain(point.run)}: {number(y)} at √KL {number(x)}")
     axes.margins(x=0.09, y=0.12)
+    _number(axes, labels)
     axes.set_xlabel("√KL to SFT")
     axes.locator_params(axis="y", nbins=6)
     axes.yaxis.set_major_formatter(lambda value, _: short(value))
@@ -92,6 +95,19 @@ def _chart(points: Sequence[Point], judge: str) -> Markup:
     return Markup("<figure><figcaption><h2>{}</h2><p>{}</p></figcaption>{}</figure>").format(
         JUDGES[judge], KEY, svg(figure, alt)
     )
+
+
+def _number(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write a number beside each mark, at the corner of it where none stands yet."""
+    axes.autoscale_view()
+    taken: list[Any] = []
+    for x, y, text, colour in labels:
+        at = axes.transData.transform((x, y))
+        free = [corner for corner in CORNERS if all(np.hypot(*(at + np.array(corner) - other)) > 14 for other in taken)]
+        corner = (free or CORNERS)[0]
+        taken.append(at + np.array(corner))
+        axes.annotate(text, (x, y), corner, textcoords="offset points", ha="center", va="center", fontweight="bold",
+                      color=COLOURS[colour])  # fmt: skip
 
 
 def _table(points: Sequence[Point]) -> Markup:
@@ -165,7 +181,7 @@ tbody th {{ white-space: nowrap; }} .on {{ font-weight: 700; }} .beaten {{ color
 <h1>Reward over distance, across runs</h1>
 <p>What each method reaches on held-out prompts, and how far from the SFT policy it went for it. Up and to the left is
 better. A score is bold, and its mark has a number, where no other point reaches as much at no more distance. The gold
-judge is the one to believe: nothing was trained on it. The KL of best-of-n is an upper bound, log n − (n − 1)/n.</p>
+judge is the one to believe: no policy was trained on it. The KL of best-of-n is an upper bound, log n − (n − 1)/n.</p>
 {note}
 {body}
 </body>
