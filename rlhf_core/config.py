@@ -106,6 +106,22 @@ class Reward(Supervised):
     )
     center_coef: float = Field(ge=0, description="Pulls the mean score to 0: coef · (chosen + rejected)² a pair.")
     norm_samples: int = Field(ge=2, description="SFT responses on which the score's mean and std are measured.")
+    axes: tuple[str, ...] = Field(
+        description="Axes of the rankings' `scores`, such as helpfulness, that get a head each beside the one that "
+        "learns the ranks and that PPO climbs."
+    )
+
+    members: int = Field(
+        ge=1,
+        description="How many reward models PPO climbs the mean of: each its own adapter and head on one trunk, from "
+        "its own seed (Coste et al. 2023). Where they disagree, the score is unsure. The gold model has one.",
+    )
+
+    @model_validator(mode="after")
+    def _names_each_axis_once(self) -> "Reward":
+        if len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"axes {', '.join(self.axes)} name one twice")
+        return self
 
     @model_validator(mode="after")
     def _fits_the_loss(self) -> "Reward":
@@ -152,6 +168,11 @@ class PPO(Training):
     whiten_rewards: bool = Field(description="Bring a batch's rewards to variance 1, keeping their mean.")
     scale_scores: bool = Field(description="Divide scores by the running deviation of all scores so far.")
     score_clip: float = Field(gt=0, description="Normalised scores are clipped to ± this.")
+    spread_coef: float = Field(
+        ge=0,
+        description="Taken off each score: this times the deviation over the reward model's members, so that what they "
+        "disagree about is not climbed (Coste et al. 2023). Needs reward.members above 1.",
+    )
     missing_eos_penalty: float = Field(ge=0, description="Taken off the score of a response that never stopped.")
     early_stop_kl: float = Field(
         gt=0, description="End an update's epochs once approx-KL to the old policy passes this."
@@ -276,6 +297,12 @@ class Params(Section):
     dpo: DPO
     evaluate: Evaluate
     judge: Judge
+
+    @model_validator(mode="after")
+    def _has_a_spread_to_weigh(self) -> "Params":
+        if self.ppo.spread_coef > 0 and self.reward.members < 2:
+            raise ValueError(f"ppo.spread_coef {self.ppo.spread_coef:g} needs reward.members above 1; one has none")
+        return self
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

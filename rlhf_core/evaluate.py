@@ -7,8 +7,9 @@ itself, so there is no order of presentation that could sway it. Statistics come
 files from elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from rlhf_core import processes
 from rlhf_core.best_of_n import best_of_n
 from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
+from rlhf_core.ensemble import member_scores
 from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
 from rlhf_core.rollouts import sample
@@ -43,6 +45,8 @@ class Response(NamedTuple):
     reward: float  # the trained reward model's normalised score
     gold_reward: float
     kl: float  # log-ratio to the SFT policy, nats a response
+    reward_axes: Mapping[str, float] = MappingProxyType({})  # the same scores on each axis that the models have
+    gold_axes: Mapping[str, float] = MappingProxyType({})
 
 
 class Evaluation(NamedTuple):
@@ -191,7 +195,7 @@ def _measure(
 ) -> list[Response]:
     responses = answers.responses()
     kl_B = torch.zeros(len(responses))
-    raw = {judge: torch.zeros(len(responses)) for judge in JUDGES}
+    scored = {judge: torch.zeros(len(responses), 1 + len(tuned.axes[judge])) for judge in JUDGES}
     # By length, so that little padding is computed.
     size = len(responses)
     order = processes.own(sorted(range(size), key=lambda row: len(answers.prompts[row]) + len(responses[row])))
@@ -205,28 +209,27 @@ def _measure(
             mine = (base.trunk(packed), REFERENCE) if policy == "base" else (trunk, policy)
             own_BT, _ = (base if policy == "base" else tuned).logprobs(*mine, *answer, temperature=temperature)
             kl_B[rows] = (own_BT - ref_BT).sum(1).cpu()  # both are 0 beyond the response
-        for judge, scores_B in raw.items():
-            scores_B[rows] = tuned.scores(trunk, judge).cpu()
+        for judge, scores_BH in scored.items():
+            scores_BH[rows] = member_scores(tuned, trunk, judge).mean(1).cpu()
     kl_B = processes.place(kl_B[order], order, size)
-    scores = {
-        judge: tuned.normalisers[judge](processes.place(scores_B[order], order, size)).tolist()
-        for judge, scores_B in raw.items()
-    }
+    scores = {judge: processes.place(scores_BH[order], order, size).tolist() for judge, scores_BH in scored.items()}
     return [
         Response(
             prompt=first + row,
             text=str(tokenizer.decode(response, skip_special_tokens=True)).strip(),
             tokens=len(response),
             stopped=bool(answers.stopped_B[row]),
-            reward=scores["reward"][row],
-            gold_reward=scores["gold"][row],
+            reward=scores["reward"][row][0],
+            gold_reward=scores["gold"][row][0],
             kl=float(kl_B[row]),
+            reward_axes=dict(zip(tuned.axes["reward"], scores["reward"][row][1:], strict=True)),
+            gold_axes=dict(zip(tuned.axes["gold"], scores["gold"][row][1:], strict=True)),
         )
         for row, response in enumerate(responses)
     ]
 
 
-def _summary(responses: Sequence[Response]) -> dict[str, float]:
+def _summary(responses: Sequence[Response]) -> dict[str, Any]:
     numbers: dict[str, Sequence[float]] = {
         "reward": [response.reward for response in responses],
         "gold_reward": [response.gold_reward for response in responses],
@@ -234,8 +237,12 @@ def _summary(responses: Sequence[Response]) -> dict[str, float]:
         "response_length": [response.tokens for response in responses],
         "eos_rate": [response.stopped for response in responses],
     }
-    found = {name: float(np.mean(values)) for name, values in numbers.items()}
-    return {**found, "distinct_2": distinct_n([response.text for response in responses], 2)}
+    found: dict[str, Any] = {name: float(np.mean(values)) for name, values in numbers.items()}
+    found["distinct_2"] = distinct_n([response.text for response in responses], 2)
+    for judge in ("reward_axes", "gold_axes"):
+        if axes := getattr(responses[0], judge):
+            found[judge] = {axis: float(np.mean([getattr(each, judge)[axis] for each in responses])) for axis in axes}
+    return found
 
 
 def _outcome(ours: float, theirs: float) -> float:

@@ -153,16 +153,29 @@ class Roles(nn.Module):
         self.peft: PeftModel | None = None
         self.full = nn.ModuleDict()  # role -> a whole model of its own
         self.heads = nn.ModuleDict()  # role -> scalar head
+        self.axis_heads = nn.ModuleDict()  # role -> a further output for each of its axes, where it has some
         self.normalisers: dict[str, Normaliser] = {}
+        self.axes: dict[str, dict[str, Normaliser]] = {}  # role -> axis -> its normaliser, in the order of the outputs
         self._depth: int | None = None
         self._views: dict[Any, nn.Module] = {}
 
     # ---- roles
 
-    def add(self, role: str, *, method: str = "lora", head: bool = False, start: str | Path | None = None) -> None:
+    def add(
+        self,
+        role: str,
+        *,
+        method: str = "lora",
+        head: bool = False,
+        start: str | Path | None = None,
+        axes: Sequence[str] | None = None,
+    ) -> None:
         """Add a role: fresh, or as saved in folder `start` (whose method then decides).
 
         A fresh adapter changes nothing yet (its B is zero); a fresh scalar head is N(0, 1/√(d+1)) with bias 0.
+
+        Args:
+            axes: names of further outputs beside the scalar head's; None for those that are saved, none if fresh.
         """
         start = Path(start) if start is not None else None
         if start is not None:
@@ -186,16 +199,7 @@ class Roles(nn.Module):
                 missing = self.peft.load_state_dict(inside, strict=False)
                 assert not missing.unexpected_keys, missing.unexpected_keys
         if head:
-            width = self.model.config.hidden_size
-            head_layer = nn.Linear(width, 1).to(self.device)
-            nn.init.normal_(head_layer.weight, std=(width + 1) ** -0.5)
-            nn.init.zeros_(head_layer.bias)
-            self.heads[role] = head_layer
-            if start is not None:
-                self.heads[role].load_state_dict(load_file(start / "score_head.safetensors"))
-                self.normalisers[role] = Normaliser(**json.loads((start / "score.json").read_text()))
-            else:
-                self.normalisers[role] = Normaliser()
+            self._add_heads(role, start, axes)
         self.to(self.device).eval()
         self._depth = None
         self._views.clear()
@@ -210,8 +214,8 @@ class Roles(nn.Module):
         else:
             assert self.peft is not None
             parameters = [value for name, value in self.peft.named_parameters() if f".{role}." in name]
-        if role in self.heads:
-            parameters += list(self.heads[role].parameters())
+        for heads in (self.heads, self.axis_heads):
+            parameters += list(heads[role].parameters()) if role in heads else []
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
@@ -241,7 +245,11 @@ class Roles(nn.Module):
             _write_json(folder / "adapter_config.json", settings)
         if role in self.heads:
             save_file(self.heads[role].state_dict(), folder / "score_head.safetensors")
-            _write_json(folder / "score.json", self.normalisers[role]._asdict())
+            statistics: dict[str, Any] = self.normalisers[role]._asdict()
+            if role in self.axis_heads:
+                save_file(self.axis_heads[role].state_dict(), folder / "axis_heads.safetensors")
+                statistics["axes"] = [{"name": name, **of._asdict()} for name, of in self.axes[role].items()]
+            _write_json(folder / "score.json", statistics)
 
     # ---- forward
 
@@ -313,24 +321,48 @@ class Roles(nn.Module):
         size: int = SCORED_ROWS,
         cache: TrunkCache | None = None,
     ) -> Tensor:
-        """(N,) raw outputs of the role's scalar head at the end of each row of ids, in the order given.
+        """(N,) raw outputs of the role's scalar head at the end of each row of ids, in the order given."""
+        return self.output_rows(rows, [role], pad_id, size=size, cache=cache)[:, 0, 0]
 
-        Rows of like length are computed together, so that little padding is; gradients flow as usual.
+    def output_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        roles: Sequence[str],
+        pad_id: int,
+        *,
+        size: int = SCORED_ROWS,
+        cache: TrunkCache | None = None,
+    ) -> Tensor:
+        """(N, M, 1 + A) what `outputs` gives for each of M roles at the end of each row of ids, in the order given.
+
+        Rows of like length are computed together, so that little padding is, and what the roles share is computed once;
+        gradients flow as usual.
         """
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        parts = [torch.empty(0, device=self.device)]
+        parts = [torch.empty((0, len(roles), 1 + len(self.axes[roles[0]])), device=self.device)]
         for start in range(0, len(order), size):
             packed = pack([rows[row] for row in order[start : start + size]], None, pad_id)
-            parts.append(self.scores(self.trunk(packed, cache), role))
+            trunk = self.trunk(packed, cache)
+            parts.append(torch.stack([self.outputs(trunk, role) for role in roles], 1))
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.tensor(order)] = torch.arange(len(order))
         return torch.cat(parts)[place.to(self.device)]
 
-    def scores(self, trunk: Trunk, role: str) -> Tensor:
-        """(B,) raw outputs of the role's scalar head at each row's last kept token."""
+    def scores(self, trunk: Trunk, role: str, *, axis: str | None = None) -> Tensor:
+        """(B,) raw outputs at each row's last kept token: of the role's scalar head, or for one of its axes."""
+        return self.outputs(trunk, role)[:, self.place_of(role, axis)]
+
+    def place_of(self, role: str, axis: str | None) -> int:
+        """Where among the role's outputs an axis stands, and None, which is the scalar head."""
+        return 0 if axis is None else 1 + list(self.axes[role]).index(axis)
+
+    def outputs(self, trunk: Trunk, role: str) -> Tensor:
+        """(B, 1 + A) raw outputs at each row's last kept token: the scalar head's, then one for each of A axes."""
         hidden_BSD = self.hidden(trunk, role)
         last_B = trunk.mask_BS.sum(1) - 1
-        return self.heads[role](hidden_BSD[torch.arange(len(last_B)), last_B]).squeeze(-1).float()
+        hidden_BD = hidden_BSD[torch.arange(len(last_B)), last_B]
+        found = [heads[role](hidden_BD) for heads in (self.heads, self.axis_heads) if role in heads]
+        return torch.cat(found, 1).float()
 
     def language_model(self, role: str) -> Any:
         """The causal language model with the role's adapter on, for sampling."""
@@ -345,6 +377,29 @@ class Roles(nn.Module):
         return self._depth
 
     # ---- inside
+
+    def _add_heads(self, role: str, start: Path | None, axes: Sequence[str] | None) -> None:
+        self.heads[role] = self._new_head(1)
+        self.normalisers[role], saved = Normaliser(), {}
+        if start is not None:
+            self.heads[role].load_state_dict(load_file(start / "score_head.safetensors"))
+            statistics = json.loads((start / "score.json").read_text())
+            saved = {each.pop("name"): Normaliser(**each) for each in statistics.pop("axes", [])}
+            self.normalisers[role] = Normaliser(**statistics)
+        wanted = list(saved if axes is None else axes)
+        self.axes[role] = {axis: saved.get(axis, Normaliser()) for axis in wanted}
+        if wanted:
+            self.axis_heads[role] = self._new_head(len(wanted))
+            if start is not None:
+                assert wanted == list(saved), f"{start} has the axes {list(saved)}, not {wanted}"
+                self.axis_heads[role].load_state_dict(load_file(start / "axis_heads.safetensors"))
+
+    def _new_head(self, outputs: int) -> nn.Linear:
+        width = self.model.config.hidden_size
+        head = nn.Linear(width, outputs).to(self.device)
+        nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+        nn.init.zeros_(head.bias)
+        return head
 
     @torch.no_grad()
     def _lower(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO
+from rlhf_core.ensemble import combine, load_ensemble, member_scores, members_of
 from rlhf_core.errors import ConfigError
 from rlhf_core.functional import (
     AdaptiveKL,
@@ -51,10 +52,13 @@ class Measured(NamedTuple):
 
 
 def add_roles(roles: Roles, reward_folder: str, *, method: str) -> None:
-    """Give the SFT model PPO's roles: a fresh policy, a frozen reward model, and a value model begun from that."""
+    """Give the SFT model PPO's roles: a fresh policy, a frozen reward model, and a value model begun from that.
+
+    Of a reward model with several members, the value model begins from the first.
+    """
     roles.add(POLICY, method=method)
-    roles.add(REWARD, head=True, start=reward_folder)
-    roles.add(VALUE, head=True, start=reward_folder)
+    load_ensemble(roles, REWARD, reward_folder)
+    roles.add(VALUE, head=True, start=reward_folder, axes=())
     # The value model predicts normalised scores: fold the normalisation into its head, once.
     mean, std, _ = roles.normalisers[REWARD]
     with torch.no_grad():
@@ -62,7 +66,6 @@ def add_roles(roles: Roles, reward_folder: str, *, method: str) -> None:
         head.weight.div_(std)
         head.bias.sub_(mean).div_(std)
     roles.normalisers[VALUE] = Normaliser()
-    roles.frozen(REWARD)
 
 
 def train_ppo(
@@ -89,8 +92,10 @@ def train_ppo(
 
     Raises:
         TrainingDiverged: a quantity that was measured, a loss or a gradient is not finite.
-        ConfigError: there are more processes than rollouts.
+        ConfigError: there are more processes than rollouts, or config.spread_coef has no spread to weigh.
     """
+    if config.spread_coef > 0 and (score is not None or len(members_of(roles, REWARD)) < 2):
+        raise ConfigError(f"spread_coef {config.spread_coef:g} needs a reward model of two members or more; found one.")
     if config.rollouts < processes.count():
         raise ConfigError(f"rollouts {config.rollouts} leave nothing to do for some of {processes.count()} processes.")
     torch.manual_seed(config.seed)
@@ -233,7 +238,8 @@ def measure_rollouts(
     logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT = (
         torch.zeros_like(own_mask_BT, dtype=torch.float) for _ in range(4)
     )
-    scores_B = torch.zeros(len(own), device=roles.device)
+    judges = [] if score is not None else members_of(roles, REWARD)
+    members_BM = torch.zeros((len(own), max(len(judges), 1)), device=roles.device)
     for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
         part, length = trunk.rows(rows), int(own_mask_BT[rows].sum(1).max())
         answer = (own_ids_BT[rows, :length], own_mask_BT[rows, :length])
@@ -243,11 +249,13 @@ def measure_rollouts(
         ref_logprobs_BT[rows, :length], _ = roles.logprobs(part, REFERENCE, *answer, temperature=config.temperature)
         values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
         if score is None:
-            scores_B[rows] = roles.normalisers[REWARD](roles.scores(part, REWARD))
+            members_BM[rows] = member_scores(roles, part, REWARD)[..., 0]
     # From here on every process has all rows, and computes the same.
-    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, scores_B = (
-        processes.place(part, own, size) for part in (logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, scores_B)
+    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, members_BM = (
+        processes.place(part, own, size) for part in (logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, members_BM)
     )
+    scores_B, spread_B, _ = combine(members_BM)
+    scores_B = scores_B - config.spread_coef * spread_B  # conservative: what the members disagree about is worth less
     if score is not None:
         scores_B = score(sampled).to(scores_B)
 
@@ -290,6 +298,8 @@ def measure_rollouts(
         "ppo/entropy": masked_mean(entropy_BT, mask_BT),
         "ppo/explained_variance": 1 - unexplained,
     }
+    if len(judges) > 1:
+        metrics["ppo/score_spread"] = spread_B.mean()
     everything = (ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT)
     rollouts = Rollouts(trunk, *(part[own] for part in everything))
     numbers = {name: float(value) for name, value in metrics.items()}

@@ -328,11 +328,16 @@ def _judged(evaluate: Mapping[str, Any]) -> list[str]:
 def _table(evaluate: Mapping[str, Any], *, greedy: bool) -> list[tuple[str, str, list[str]]]:
     """(name, meaning, one cell a policy) for each row that any policy has a number for."""
     policies = [evaluate[policy].get("greedy", {}) if greedy else evaluate[policy] for policy in _judged(evaluate)]
-    return [
+    by_axis = [
+        (f"Gold, {axis}", "the judge’s score on this axis alone", [number(p["gold_axes"][axis]) for p in policies])
+        for axis in policies[0].get("gold_axes", {})
+    ]
+    found = [
         (name, meaning, [show(policy.get(key)) for policy in policies])
         for key, name, meaning, show in ROWS
         if any(_get(policy, key) is not None for policy in policies)
     ]
+    return found + by_axis
 
 
 def _best(row: SideBySide) -> str:

@@ -1,10 +1,14 @@
 """The reward model: a scalar head on the SFT model, trained on rankings (a pair is a ranking of two).
 
+Beside that head, which learns the ranks, it may have one for each axis of the rankings' `scores`, such as helpfulness.
+
 What it measures of itself, and the statistics that are stored with it, come from here too; curves and files do not.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +20,8 @@ from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, encode_response
+from rlhf_core.ensemble import EnsembleScore, combine, members_of, normalise
+from rlhf_core.errors import ConfigError
 from rlhf_core.functional import masked_mean, plackett_luce_loss, ranking_loss
 from rlhf_core.models import REFERENCE, Roles, TrunkCache, pad_right
 from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, require_finite, set_rate, step_clipped
@@ -41,6 +47,7 @@ class EncodedRanking(NamedTuple):
     ranks: tuple[int, ...]
     lengths: list[int]
     grades: tuple[float, ...] = ()  # how good each is said to be, () where nothing says it: see `grades_of`
+    axes: Mapping[str, Sequence[float]] = MappingProxyType({})  # K scores for each axis that it is scored on
 
 
 class Judged(NamedTuple):
@@ -52,6 +59,9 @@ class Judged(NamedTuple):
     which: tuple[tuple[int, int, int], ...] = ()  # of each pair: ranking, preferred response, other one
 
 
+Judgements = dict[str | None, Judged]  # under None by the ranks, under each axis by its own scores
+
+
 def encode_rankings(
     rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, *, system: str, max_response_tokens: int
 ) -> list[EncodedRanking]:
@@ -61,7 +71,8 @@ def encode_rankings(
         prompt = encode_prompt(tokenizer, record.prompt, system)
         responses = [encode_response(tokenizer, text, limit=max_response_tokens) for text in record.responses]
         lengths = [len(ids) for ids in responses]
-        encoded.append(EncodedRanking([prompt + ids for ids in responses], record.ranks, lengths, grades_of(record)))
+        ids = [prompt + response for response in responses]
+        encoded.append(EncodedRanking(ids, record.ranks, lengths, grades_of(record), record.scores or {}))
     return encoded
 
 
@@ -75,17 +86,64 @@ def grades_of(record: Ranking) -> tuple[float, ...]:
     return tuple(sum(of_one) / len(of_one) for of_one in zip(*(record.scores or {}).values(), strict=True))
 
 
+def require_axes(rankings: Mapping[str, Sequence[Ranking]], axes: Sequence[str]) -> None:
+    """Stop before training where an axis has nothing to learn from, or to be measured on.
+
+    Args:
+        rankings: by split; each has to hold a ranking that the axis tells two responses of apart.
+
+    Raises:
+        ConfigError: names the axis, the split, and the axes that the data holds.
+    """
+    for split, records in rankings.items():
+        told = Counter(axis for record in records for axis, values in (record.scores or {}).items() if _differ(values))
+        for axis in axes:
+            if not told[axis]:
+                held = ", ".join(f"{name} ({count} rankings)" for name, count in sorted(told.items())) or "none"
+                raise ConfigError(
+                    f"reward.axes names {axis!r}, but no ranking of split {split} has `scores` that tell two responses "
+                    f"apart on it; axes found there: {held}. Change reward.axes in params.yaml, or add such rankings."
+                )
+
+
 def score_rankings(
     roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int, cache: TrunkCache | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, K) raw scores, ranks and the mask of real responses, K being the most that any ranking has."""
+    outputs_BKH, ranks_BK, mask_BK = outputs_of_rankings(roles, role, rankings, pad_id, cache)
+    return outputs_BKH[..., 0], ranks_BK, mask_BK
+
+
+def outputs_of_rankings(
+    roles: Roles, role: str, rankings: Sequence[EncodedRanking], pad_id: int, cache: TrunkCache | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, K, 1 + A) raw outputs, score first and then A axes; (B, K) ranks and the mask of real responses."""
+    ranks_BK, mask_BK = _padded_rows([ranking.ranks for ranking in rankings])
+    rows = [ids for ranking in rankings for ids in ranking.ids]
+    found_NH = roles.output_rows(rows, [role], pad_id, cache=cache)[:, 0]
+    mask_BK, ranks_BK = mask_BK.to(found_NH.device), ranks_BK.to(found_NH.device)
+    outputs_BKH = found_NH.new_zeros((*mask_BK.shape, found_NH.shape[1]))
+    return outputs_BKH.masked_scatter(mask_BK[..., None], found_NH), ranks_BK, mask_BK
+
+
+def axis_ranks(rankings: Sequence[EncodedRanking], axis: str) -> tuple[Tensor, Tensor]:
+    """(B, K) ranks by an axis, float, the highest score lowest, and the mask of responses that it scores."""
     width = max(len(ranking.ids) for ranking in rankings)
-    mask_BK = torch.tensor([[k < len(ranking.ids) for k in range(width)] for ranking in rankings])
-    ranks_BK = torch.tensor([[*ranking.ranks, *[0] * (width - len(ranking.ranks))] for ranking in rankings])
-    scores = roles.score_rows([ids for ranking in rankings for ids in ranking.ids], role, pad_id, cache=cache)
-    mask_BK, ranks_BK = mask_BK.to(scores.device), ranks_BK.to(scores.device)
-    scores_BK = torch.zeros(mask_BK.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask_BK, scores)
-    return scores_BK, ranks_BK, mask_BK
+    ranks_BK, mask_BK = _padded_rows([[-score for score in ranking.axes.get(axis, ())] for ranking in rankings], width)
+    return ranks_BK.double(), mask_BK
+
+
+def axis_loss(outputs_BK: Tensor, rankings: Sequence[EncodedRanking], axis: str, config: Reward) -> Tensor:
+    """What an axis's output learns from: its pairs that are not ties, smoothed and centred as the ranks' are.
+
+    Margins are left out, and the pairs are taken with `plackett_luce` too, since scores on an axis are full of ties.
+
+    Returns:
+        A scalar, the mean over the rankings that the axis tells two responses of apart; 0 where there is none.
+    """
+    ranks_BK, mask_BK = (part.to(outputs_BK.device) for part in axis_ranks(rankings, axis))
+    ranked = ranking_loss(outputs_BK, mask_BK, ranks_BK=ranks_BK, label_smoothing=config.label_smoothing)
+    return ranked + config.center_coef * centering(outputs_BK, ranks_BK, mask_BK)
 
 
 def margins_of(rankings: Sequence[EncodedRanking]) -> Tensor:
@@ -120,19 +178,55 @@ def judge_rankings(
     cache: TrunkCache | None = None,
 ) -> Judged:
     """The margins of all pairs that are not ties."""
-    own, scores = processes.own(rankings), []
+    return judge_heads(roles, role, rankings, pad_id, size=size, cache=cache)[None]
+
+
+@torch.no_grad()
+def judge_heads(
+    roles: Roles,
+    role: str,
+    rankings: Sequence[EncodedRanking],
+    pad_id: int,
+    *,
+    size: int = 16,
+    cache: TrunkCache | None = None,
+) -> Judgements:
+    """The margins of all pairs that are not ties, by the ranks and by each axis that the role has."""
+    own, outputs = processes.own(rankings), []
     for start in range(0, len(own), size):
-        scores_BK, _, _ = score_rankings(roles, role, own[start : start + size], pad_id, cache)
-        scores += scores_BK.tolist()
+        outputs_BKH, _, _ = outputs_of_rankings(roles, role, own[start : start + size], pad_id, cache)
+        outputs += outputs_BKH.tolist()
+    outputs = processes.gather(outputs)
+    found: Judgements = {}
+    for place, axis in enumerate((None, *roles.axes[role])):
+        ranks = [ranking.ranks if axis is None else [-x for x in ranking.axes.get(axis, ())] for ranking in rankings]
+        found[axis] = _judged(rankings, ranks, [[heads[place] for heads in of_ranking] for of_ranking in outputs])
+    return found
+
+
+def _judged(
+    rankings: Sequence[EncodedRanking], ranks: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]
+) -> Judged:
     margins, differences, which = [], [], []
-    for row, (ranking, of_ranking) in enumerate(zip(rankings, processes.gather(scores), strict=True)):
-        for i, rank_i in enumerate(ranking.ranks):
-            for j, rank_j in enumerate(ranking.ranks):
+    for row, (ranking, of_row, score) in enumerate(zip(rankings, ranks, scores, strict=True)):
+        for i, rank_i in enumerate(of_row):
+            for j, rank_j in enumerate(of_row):
                 if rank_i < rank_j:
-                    margins.append(of_ranking[i] - of_ranking[j])
+                    margins.append(score[i] - score[j])
                     differences.append(ranking.lengths[i] - ranking.lengths[j])
                     which.append((row, i, j))
-    return Judged(np.array(margins), np.array(differences), len(rankings), tuple(which))
+    return Judged(np.array(margins), np.array(differences), sum(map(bool, ranks)), tuple(which))
+
+
+def judge_together(roles: Roles, members: Sequence[str], judged: Sequence[Judgements]) -> Judgements:
+    """What the mean of the members' normalised scores says of the pairs that each of them judged, in reward units."""
+    found = {}
+    for axis, first in judged[0].items():
+        normalisers = [roles.normalisers[name] if axis is None else roles.axes[name][axis] for name in members]
+        # The means cancel in a margin.
+        margins = [each[axis].margins / of.std for each, of in zip(judged, normalisers, strict=True)]
+        found[axis] = first._replace(margins=np.mean(margins, axis=0))
+    return found
 
 
 def accuracy(judged: Judged) -> float:
@@ -184,6 +278,9 @@ def train_reward(
 ) -> dict[str, Any]:
     """Train a role that has a scalar head, and leave it at the epoch with the best validation loss.
 
+    Where it has axes, the mean of their losses is added to that of the ranks, so that the ranks have half a say however
+    many axes there are. The epoch is chosen by the ranks alone.
+
     Args:
         prefix: first word of the metrics' names, and what the progress line says.
         cache: trunks of rows that were seen before, in another epoch or for another role.
@@ -204,6 +301,7 @@ def train_reward(
     steps = len(batches)
     warmup = round(config.warmup_fraction * steps)
     state = LoopState({"parameters": parameters, "kept": kept}, {"optimiser": optimiser})
+    axes = list(roles.axes[role])
     so_far = checkpoints.restore(state)
     if so_far is None:
         so_far = {"step": 0, "best": float("inf"), "best_epoch": 0, "best_accuracy": 0.0, "tokens": 0}
@@ -212,13 +310,16 @@ def train_reward(
         rate = config.learning_rate * rate_factor(step - 1, steps=steps, warmup=warmup, schedule=config.schedule)
         set_rate(optimiser, rate)
         # Each ranking weighs the same, however a batch is cut; one of nothing but ties has no say.
-        counted = max(sum(len(set(ranking.ranks)) > 1 for ranking in batch), 1)
+        counted = max(sum(_differ(ranking.ranks) for ranking in batch), 1)
+        counted_on = {axis: max(_telling(batch, axis), 1) for axis in axes}
         loss = hits = pairs = 0.0
+        on_axes = dict.fromkeys(axes, 0.0)
         own = processes.own(batch)
         for start in range(0, len(own), config.micro_batch_size):
             part = own[start : start + config.micro_batch_size]
-            weight = sum(len(set(ranking.ranks)) > 1 for ranking in part) / counted
-            scores_BK, ranks_BK, mask_BK = score_rankings(roles, role, part, pad_id, cache)
+            weight = sum(_differ(ranking.ranks) for ranking in part) / counted
+            outputs_BKH, ranks_BK, mask_BK = outputs_of_rankings(roles, role, part, pad_id, cache)
+            scores_BK = outputs_BKH[..., 0]
             if config.loss == "pairs":
                 margins_BKK = (config.margin_coef * margins_of(part)).to(scores_BK)
                 ranked = ranking_loss(
@@ -232,13 +333,20 @@ def train_reward(
                 ranked = plackett_luce_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
             centred = centering(scores_BK, ranks_BK, mask_BK)
             require_finite(
-                {"A score": scores_BK, "The loss": ranked}, where=prefix, batch=partial(_padded, part, pad_id)
+                {"A score": outputs_BKH, "The loss": ranked}, where=prefix, batch=partial(_padded, part, pad_id)
             )
-            ((ranked + config.center_coef * centred) * weight).backward()
+            whole = (ranked + config.center_coef * centred) * weight
+            for place, axis in enumerate(axes, start=1):
+                share = _telling(part, axis) / counted_on[axis]
+                found = axis_loss(outputs_BKH[..., place], part, axis, config) * share
+                whole = whole + found / len(axes)
+                on_axes[axis] += found.item()
+            whole.backward()
             loss += ranked.item() * weight
             right, all_pairs = _count_right(scores_BK.detach(), ranks_BK, mask_BK)
             hits, pairs = hits + right, pairs + all_pairs
         summed = processes.add_up({"loss": loss, "hits": hits, "pairs": pairs})
+        on_axes = processes.add_up(on_axes)
         loss = summed["loss"]
         norm = step_clipped(
             optimiser,
@@ -256,6 +364,7 @@ def train_reward(
                 f"{prefix}/batch_accuracy": right_share,
                 f"{prefix}/grad_norm": norm,
                 f"{prefix}/learning_rate": rate,
+                **{f"{prefix}/axes/{axis}/loss": value for axis, value in on_axes.items()},
             },
             step=step,
         )
@@ -291,6 +400,22 @@ def _padded(rankings: Sequence[EncodedRanking], pad_id: int) -> dict[str, Tensor
     """All responses of some rankings, one below the other."""
     ids_NS, mask_NS = pad_right([ids for ranking in rankings for ids in ranking.ids], pad_id)
     return {"ids_NS": ids_NS, "mask_NS": mask_NS}
+
+
+def _padded_rows(rows: Sequence[Sequence[float]], width: int = 0) -> tuple[Tensor, Tensor]:
+    """(B, K) numbers, 0 past the end of a row, and the mask of those that are there."""
+    width = max(width, *map(len, rows))
+    mask_BK = torch.tensor([[k < len(row) for k in range(width)] for row in rows])
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), mask_BK
+
+
+def _differ(values: Sequence[float]) -> bool:
+    return len(set(values)) > 1
+
+
+def _telling(rankings: Sequence[EncodedRanking], axis: str) -> int:
+    """How many rankings the axis tells two responses of apart."""
+    return sum(_differ(ranking.axes.get(axis, ())) for ranking in rankings)
 
 
 def _better(ranks_BK: Tensor, mask_BK: Tensor) -> Tensor:
@@ -338,12 +463,46 @@ def temperature_of(judged: Judged) -> float:
     return fit_temperature(judged.margins, np.ones(len(judged.margins)))
 
 
+def set_temperatures(roles: Roles, role: str, quality: Quality, axes: Mapping[str, Quality]) -> None:
+    """Let the role's normalisers hold the temperatures at which it was measured, overall and on each axis."""
+    roles.normalisers[role] = roles.normalisers[role]._replace(temperature=quality.metrics["temperature"])
+    for axis, of_axis in axes.items():
+        roles.axes[role][axis] = roles.axes[role][axis]._replace(temperature=of_axis.metrics["temperature"])
+
+
 @torch.no_grad()
 def score_samples(roles: Roles, role: str, sampled: Sampled) -> Tensor:
-    """(B,) raw scores of sampled responses at their last kept token."""
+    """(B,) raw scores of sampled responses at their last kept token, by one role."""
+    return _outputs_of_samples(roles, [role], sampled)[:, 0, 0]
+
+
+@torch.no_grad()
+def ensemble_scores(roles: Roles, role: str, sampled: Sampled, *, axis: str | None = None) -> EnsembleScore:
+    """What a reward ensemble says of responses, and how far its members disagree about each.
+
+    Where they disagree most, they know least, and a person's judgement teaches them most. `spread_B` tells how unsure
+    they are of a response's score. How unsure they are of which of two responses is better is the deviation over the
+    members of `members_BM[i] - members_BM[j]`: what they agree to misjudge alike in both cancels there.
+
+    Args:
+        roles: has the reward model, with its members, as `load_ensemble` adds it.
+        axis: whose scores; None for the overall ones.
+
+    Returns:
+        `EnsembleScore` in reward units, for all B responses in every process; a spread of 0 where there is one member.
+    """
+    members = members_of(roles, role)
+    scores_BMH = normalise(roles, members, _outputs_of_samples(roles, members, sampled))
+    return combine(scores_BMH[..., roles.place_of(role, axis)])
+
+
+@torch.no_grad()
+def _outputs_of_samples(roles: Roles, of_roles: Sequence[str], sampled: Sampled) -> Tensor:
+    """(B, M, 1 + A) raw outputs of M roles, the same in every process."""
     rows = [prompt + response for prompt, response in zip(sampled.prompts, sampled.responses(), strict=True)]
     numbers = processes.own(range(len(rows)))
-    return processes.place(roles.score_rows([rows[row] for row in numbers], role, pad_id=0), numbers, len(rows))
+    outputs_BMH = roles.output_rows([rows[row] for row in numbers], of_roles, pad_id=0)
+    return processes.place(outputs_BMH, numbers, len(rows))
 
 
 def normalise_on_samples(
@@ -358,10 +517,14 @@ def normalise_on_samples(
 ) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each role's raw scores on responses of the SFT policy at temperature 1.
 
-    They become part of the model, so that a score of 1 means one such deviation above what SFT answers.
+    They become part of the model, in its normaliser and those of its axes, so that a score of 1 means one such
+    deviation above what SFT answers.
 
     Args:
         count: how many of the prompts are answered; drawn at random, since data often comes sorted by kind.
+
+    Returns:
+        Mean and deviation of each role's score, axes left out.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = [prompts[row] for row in torch.randperm(len(prompts), generator=generator)[:count].tolist()]
@@ -375,7 +538,11 @@ def normalise_on_samples(
         generator=generator,
     )
     found = {}
-    for role in scored:
-        scores = score_samples(roles, role, sampled).double()
-        found[role] = (scores.mean().item(), max(scores.std(correction=0).item(), 1e-6))
+    for role, outputs_BH in zip(scored, _outputs_of_samples(roles, scored, sampled).double().unbind(1), strict=True):
+        found[role], *of_axes = [
+            (output_B.mean().item(), max(output_B.std(correction=0).item(), 1e-6)) for output_B in outputs_BH.T
+        ]
+        roles.normalisers[role] = roles.normalisers[role]._replace(mean=found[role][0], std=found[role][1])
+        for (axis, before), (mean, std) in zip(roles.axes[role].items(), of_axes, strict=True):
+            roles.axes[role][axis] = before._replace(mean=mean, std=std)
     return found

@@ -65,6 +65,8 @@ REWARD_SECTION = Reward.model_validate(
         "margin_coef": 0.0,
         "center_coef": 0.01,
         "norm_samples": 6,
+        "axes": [],
+        "members": 1,
     }
 )
 DPO_SECTION = DPO.model_validate({**SUPERVISED, "learning_rate": 0.005, "beta": 0.1, "label_smoothing": 0.1})
@@ -98,6 +100,7 @@ PPO_SECTION = PPO.model_validate(
         "whiten_rewards": False,
         "scale_scores": False,
         "score_clip": 5.0,
+        "spread_coef": 0.0,
         "missing_eos_penalty": 1.0,
         "early_stop_kl": 10.0,
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.data import load_prepared
+from rlhf_core.ensemble import load_ensemble
 from rlhf_core.evaluate import POLICIES, Evaluation, Response, evaluate_policies
 from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.records import Prompt
@@ -36,7 +37,7 @@ def main() -> None:
             tuned.add("dpo", start=DPO_FOLDER)
             policies = (*POLICIES, "dpo")
         for role, folder in REWARD_FOLDERS.items():
-            tuned.add(role, head=True, start=folder)
+            load_ensemble(tuned, role, folder)
         evaluation = evaluate_policies(
             base, tuned, prompts, demonstrations, config,
             tokenizer=load_tokenizer(BASE), system=run.params.prepare.system, tracker=run, policies=policies,
@@ -78,7 +79,8 @@ def _answer_rows(evaluation: Evaluation, prompts: list[Prompt]) -> list[dict[str
     for how, by_policy in (("greedy", evaluation.greedy), ("sampled", evaluation.sampled)):
         for policy in evaluation.policies:
             for response in by_policy[policy]:
-                row = response._asdict() | {"prompt": prompts[response.prompt].prompt[-1][1]}
+                row = {name: value for name, value in response._asdict().items() if value != {}}  # no axes, no keys
+                row["prompt"] = prompts[response.prompt].prompt[-1][1]
                 rows.append({"policy": policy, "how": how, "category": prompts[response.prompt].category, **row})
     return rows
 

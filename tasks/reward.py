@@ -4,18 +4,26 @@ Both start from the SFT model and are trained in the same way, on rankings of di
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, load_prepared
-from rlhf_core.models import Normaliser, Roles, TrunkCache, load_tokenizer
+from rlhf_core.ensemble import add_members, member_names, member_seed, members_of, save_ensemble
+from rlhf_core.models import Roles, TrunkCache, load_tokenizer
 from rlhf_core.reward import (
+    Judgements,
+    Quality,
     accuracy_by_kind,
     encode_rankings,
-    judge_rankings,
+    judge_heads,
+    judge_together,
     measure,
     mistakes,
     normalise_on_samples,
+    require_axes,
+    set_temperatures,
     temperature_of,
     train_reward,
 )
@@ -27,7 +35,7 @@ from tasks.stage import stage_run
 FOLDERS = {"reward": "artifacts/reward/model", "gold": "artifacts/reward/gold"}
 MISTAKES = Path("artifacts/reward/mistakes.jsonl")
 SHOWN_MISTAKES = 50  # in MLflow's table
-SPLIT_OF = {"reward": "train", "gold": "gold"}
+MEASURED_ON = ("validation", "test")  # where its temperature is fitted, and where it is measured
 PREFIX = {"reward": "reward", "gold": "reward/gold"}
 
 
@@ -39,6 +47,7 @@ def main() -> None:
         records = {
             split: load_prepared(PREPARED, "rankings", [split]) for split in ("train", "validation", "gold", "test")
         }
+        require_axes(records, config.axes)
         rankings = {
             split: encode_rankings(
                 of_split,
@@ -50,52 +59,78 @@ def main() -> None:
         }
         run.log_dataset("prepared", PREPARED, **{f"rankings_{split}": len(rows) for split, rows in rankings.items()})
         torch.manual_seed(config.seed)
-        roles = Roles(SFT_MODEL, config)
-        final, qualities, cache = {}, {}, TrunkCache()
+        roles, cache = Roles(SFT_MODEL, config), TrunkCache()
         for role in FOLDERS:
-            roles.add(role, method=config.method, head=True)
-        for role, split in SPLIT_OF.items():
-            trained = train_reward(
-                roles, role, rankings[split], rankings["validation"], config, pad_id=pad_id, tracker=run,
-                prefix=PREFIX[role], cache=cache, checkpoints=run.checkpoints.below(role),
+            roles.add(role, method=config.method, head=True, axes=config.axes)
+        add_members(roles, "reward", config)
+        final, judged = {}, {}
+        for role, split, prefix, seed in _trained(config):
+            final[role] = train_reward(
+                roles, role, rankings[split], rankings["validation"], config.model_copy(update={"seed": seed}),
+                pad_id=pad_id, tracker=run, prefix=prefix, cache=cache, checkpoints=run.checkpoints.below(role),
             )  # fmt: skip
-            judged = {
-                split: judge_rankings(roles, role, rankings[split], pad_id, cache=cache)
-                for split in ("validation", "test")
-            }
-            qualities[role] = measure(judged["test"], temperature_of(judged["validation"]))
-            if role == "reward":
-                by_kind = accuracy_by_kind(judged["test"], records["test"])
-                wrong = mistakes(judged["test"], records["test"])
-            final[role] = {**qualities[role].metrics, **trained}
+            judged[role] = [judge_heads(roles, role, rankings[of], pad_id, cache=cache) for of in MEASURED_ON]
         prompts = load_prepared(PREPARED, "prompts", ["train", "validation"])
         statistics = normalise_on_samples(
             roles,
-            list(FOLDERS),
+            list(final),
             [encode_prompt(tokenizer, record.prompt, prepare.system) for record in prompts],
             count=config.norm_samples,
             max_tokens=prepare.max_response_tokens,
             tokenizer=tokenizer,
             seed=config.seed,
         )
+        qualities = {}
         for role, (mean, std) in statistics.items():
-            roles.normalisers[role] = Normaliser(mean, std, final[role]["temperature"])
-            final[role] |= {"score_mean": mean, "score_std": std}
-            if run.main:
-                roles.save(role, FOLDERS[role])
-        metrics = {**final["reward"], "gold": final["gold"]}
+            qualities[role], axes = _qualities(*judged[role])
+            set_temperatures(roles, role, qualities[role], axes)
+            final[role] = {**_numbers(qualities[role], axes), **final[role], "score_mean": mean, "score_std": std}
+        members = members_of(roles, "reward")
+        together, test = final["reward"], judged["reward"][1]
+        if len(members) > 1:
+            of_ensemble = [judge_together(roles, members, [judged[name][i] for name in members]) for i in range(2)]
+            qualities["reward"], axes = _qualities(*of_ensemble)
+            together, test = {**together, **_numbers(qualities["reward"], axes)}, of_ensemble[1]
+        if run.main:
+            save_ensemble(roles, "reward", FOLDERS["reward"], temperature=together["temperature"])
+            roles.save("gold", FOLDERS["gold"])
+        metrics = {**together, "gold": final["gold"]}
+        if len(members) > 1:
+            metrics["members"] = {str(number): final[name] for number, name in enumerate(members, start=1)}
         metrics["accuracy_by_length"] = {
             f"{part.low:+.0f}_to_{part.high:+.0f}": {"accuracy": part.accuracy, "pairs": part.pairs}
             for part in qualities["reward"].by_length
         }
-        metrics["accuracy_by_kind"] = by_kind
+        metrics["accuracy_by_kind"] = accuracy_by_kind(test[None], records["test"])
+        wrong = mistakes(test[None], records["test"])
         run.finish_metrics(metrics)
         run.table("reward/mistakes", wrong[:SHOWN_MISTAKES], step=0)
         if run.main:
             write_jsonl(MISTAKES, wrong)
-            write_csv(Path("plots/calibration.csv"), _calibration(qualities))
-        for role, folder in FOLDERS.items():
-            run.register_model(role, folder, final[role])
+            write_csv(Path("plots/calibration.csv"), _calibration({role: qualities[role] for role in FOLDERS}))
+        run.register_model("reward", FOLDERS["reward"], together)
+        run.register_model("gold", FOLDERS["gold"], final["gold"])
+
+
+def _trained(config: Reward) -> list[tuple[str, str, str, int]]:
+    """Role, split, first words of its metrics and seed of each model; the reward model and gold first, as if alone."""
+    further = enumerate(member_names("reward", config.members)[1:], start=2)
+    return [
+        ("reward", "train", PREFIX["reward"], config.seed),
+        ("gold", "gold", PREFIX["gold"], config.seed),
+        *((name, "train", f"reward/members/{number}", member_seed(config.seed, number)) for number, name in further),
+    ]
+
+
+def _qualities(validation: Judgements, test: Judgements) -> tuple[Quality, dict[str, Quality]]:
+    """Of the score, and of each axis, on the test split, at the temperature that fits the validation split."""
+    found = {axis: measure(test[axis], temperature_of(validation[axis])) for axis in test}
+    return found[None], {axis: quality for axis, quality in found.items() if axis is not None}
+
+
+def _numbers(quality: Quality, axes: dict[str, Quality]) -> dict[str, Any]:
+    by_axis = {axis: of_axis.metrics for axis, of_axis in axes.items()}
+    return {**quality.metrics, "axes": by_axis} if by_axis else {**quality.metrics}
 
 
 def _calibration(qualities):  # type: ignore[no-untyped-def]

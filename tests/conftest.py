@@ -69,6 +69,8 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "margin_coef": 0.0,
             "center_coef": 0.0,
             "norm_samples": 8,
+            "axes": [],
+            "members": 1,
         },
     ),
     "ppo": (
@@ -101,6 +103,7 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "whiten_rewards": False,
             "scale_scores": False,
             "score_clip": 100.0,
+            "spread_coef": 0.0,
             "missing_eos_penalty": 0.0,
             "early_stop_kl": 100.0,
         },

@@ -123,6 +123,7 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("dpo", "epochs", -1),
         ("dpo", "beta", 0),
         ("dpo", "label_smoothing", 0.5),
+        ("reward", "members", 0),
         ("ppo", "updates", 0),
         ("ppo", "rollouts", 1),
         ("ppo", "samples_per_prompt", 0),
@@ -142,6 +143,7 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("ppo", "gamma", 1.01),
         ("ppo", "lam", -0.01),
         ("ppo", "score_clip", 0),
+        ("ppo", "spread_coef", -0.1),
         ("ppo", "missing_eos_penalty", -1),
         ("ppo", "early_stop_kl", 0),
         ("evaluate", "temperature", 0),
@@ -289,3 +291,16 @@ def test_an_endpoint_has_an_address_and_no_key(raw: dict[str, Any], url: str, wh
 def test_an_address_without_an_endpoint_is_a_mistake(raw: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="url http://a is for kind endpoint; kind rule asks no server"):
         check_params(changed(raw, "judge", kind="rule", url="http://a"))
+
+
+def test_an_axis_is_named_once(raw: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"reward: .*axes kind, true, kind name one twice"):
+        check_params(changed(raw, "reward", axes=["kind", "true", "kind"]))
+    assert check_params(changed(raw, "reward", axes=["kind", "true"])).reward.axes == ("kind", "true")
+
+
+def test_a_spread_needs_several_members(raw: dict[str, Any]) -> None:
+    spoilt = changed(raw, "ppo", spread_coef=0.5)
+    with pytest.raises(ConfigError, match=r"ppo\.spread_coef 0\.5 needs reward\.members above 1"):
+        check_params(spoilt)
+    assert check_params(changed(spoilt, "reward", members=2)).ppo.spread_coef == 0.5

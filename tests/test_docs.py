@@ -35,7 +35,13 @@ PLACEHOLDERS = {
     "n": "[0-9]+",
     "kind": "[^/]+",
     "bin": "[^/]+",
+    "axis": "[^/]+",
+    "member": "[0-9]+",
 }
+
+
+# The first words of each reward model's metrics.
+MODELS = (*PREFIX.values(), "reward/members/<member>")
 
 
 def shown(path: Path) -> str:
@@ -51,28 +57,36 @@ def read(path: Path) -> str:
 
 
 def dict_keys(tree: ast.AST) -> Iterator[list[ast.expr]]:
-    """The keys of each dict display, and each key that is assigned to by subscript, in the order of the source."""
+    """The keys of each dict display or comprehension and each key assigned to by subscript, in the source's order."""
     found: list[tuple[int, list[ast.expr]]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             found.append((node.lineno, [key for key in node.keys if key is not None]))
+        elif isinstance(node, ast.DictComp):
+            found.append((node.lineno, [node.key]))
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
             found.append((node.lineno, [node.slice]))
     yield from (keys for _, keys in sorted(found, key=lambda item: item[0]))
 
 
 def curves_in(source: str) -> set[str]:
-    """Names `stage/quantity` that are keys in the code; an f-string's `{prefix}` is each model of stage reward."""
+    """Names `stage/quantity` that are keys in the code; an f-string's `{prefix}` is each model of stage reward.
+
+    What an f-string holds further on is a placeholder of that name.
+    """
     names = set()
     for keys in dict_keys(ast.parse(source)):
         for key in keys:
             if isinstance(key, ast.JoinedStr) and isinstance(key.values[0], ast.FormattedValue):
-                rest = "".join(part.value for part in key.values[1:] if isinstance(part, ast.Constant))
+                rest = ""
+                for part in key.values[1:]:
+                    assert isinstance(part, ast.Constant | ast.FormattedValue)
+                    rest += part.value if isinstance(part, ast.Constant) else f"<{ast.unparse(part.value)}>"
                 if rest.startswith("/"):
-                    names |= {prefix + rest for prefix in PREFIX.values()}
+                    names |= {prefix + rest for prefix in MODELS}
             elif isinstance(key, ast.Constant) and isinstance(key.value, str):
                 names.add(key.value)
-    return {name for name in names if re.fullmatch(rf"({'|'.join(STAGES)})(/[a-z0-9_]+)+", name)}
+    return {name for name in names if re.fullmatch(rf"({'|'.join(STAGES)})(/[a-z0-9_]+|/<[a-z]+>)+", name)}
 
 
 def logged_curves() -> set[str]:
@@ -97,13 +111,18 @@ def words(file: str, function: str) -> list[list[str]]:
 
 # Logged only where params.yaml asks for it.
 OPTIONAL = (
-    {"ppo/kl_loss"}
+    {"ppo/kl_loss", "ppo/score_spread"}
     | {f"evaluate/best_of_n/<n>/{name}" for name in ("reward", "gold_reward", "kl")}
     | {
         f"dpo/{name}"
         for name in ("validation_loss", "validation_accuracy", "best_epoch", "rankings", "pairs", "tokens")
     }
 )
+
+
+def optional(name: str) -> bool:
+    """Whether a metric is logged only where params.yaml asks for it."""
+    return name in OPTIONAL or "<axis>" in name or "<member>" in name
 
 
 def below(prefixes: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -121,9 +140,10 @@ def logged_finals() -> set[str]:
 
     *_, trained = words("rlhf_core/reward.py", "train_reward")
     (quality,) = words("rlhf_core/reward.py", "measure")
-    statistics, gold, part = words("tasks/reward.py", "main")
+    *_, statistics, gold, part = words("tasks/reward.py", "main")
     assert gold == ["gold"]
-    names |= below(PREFIX.values(), [*trained, *quality, *statistics])
+    assert words("tasks/reward.py", "_numbers") == [["axes"]]
+    names |= below(MODELS, [*trained, *quality, *statistics, *below(["axes/<axis>"], quality)])
     names |= below(["reward/accuracy_by_length/<bin>"], part)
     (by_kind,) = words("rlhf_core/reward.py", "accuracy_by_kind")
     names |= below(["reward/accuracy_by_kind/<kind>"], by_kind)
@@ -136,6 +156,7 @@ def logged_finals() -> set[str]:
     names |= {name for name in logged_curves() if name.startswith("ppo/") and not name.endswith(TIMINGS)}
 
     each = [name for found in words("rlhf_core/evaluate.py", "_summary") for name in found]
+    each += ["distinct_2", "reward_axes/<axis>", "gold_axes/<axis>"]
     _, compared = words("rlhf_core/evaluate.py", "compare")
     (perplexity, greedy), (again,) = words("rlhf_core/evaluate.py", "evaluate_policies")
     (picked,), ((kl,),) = words("rlhf_core/evaluate.py", "_best_of_n"), words("rlhf_core/best_of_n.py", "best_of_n")
@@ -186,8 +207,9 @@ def test_every_row_says_formula_unit_range_and_remedy(heading: str) -> None:
 def test_the_metrics_of_the_last_run_are_those_documented() -> None:
     for path in sorted((PROJECT / "metrics").glob("*.json")):
         real = set(flat_metrics(json.loads(read(path)), path.stem))
-        expected = [name for name in documented("Final metrics") - OPTIONAL if name.startswith(f"{path.stem}/")]
-        assert not {name for name in real if not covers(expected).fullmatch(name)}, shown(path)
+        known = [name for name in documented("Final metrics") if name.startswith(f"{path.stem}/")]
+        expected = [name for name in known if not optional(name)]
+        assert not {name for name in real if not covers(known).fullmatch(name)}, shown(path)
         assert not {name for name in expected if not any(covers([name]).fullmatch(one) for one in real)}, shown(path)
 
 
@@ -196,14 +218,17 @@ def test_the_curves_of_the_last_run_are_those_documented(stage: str) -> None:
     path = PROJECT / "plots" / f"{stage}.csv"
     if path.is_file():  # DVC brings it; a fresh clone has none
         columns = set(path.read_text(encoding="utf-8").splitlines()[0].split(",")) - {"step"}
-        expected = {name for name in documented("Curves") if name.startswith(f"{stage}/")}
+        known = {name for name in documented("Curves") if name.startswith(f"{stage}/") and not name.endswith(TIMINGS)}
+        assert not {name for name in columns if not covers(known).fullmatch(name)}
         if columns or stage != "dpo":  # params.yaml may leave DPO out
-            assert columns == {name for name in expected if not name.endswith(TIMINGS)}
+            assert {name for name in known if not optional(name)} <= columns
 
 
 def test_the_collector_sees_what_it_should() -> None:
-    code = 'm = {"ppo/kl": 1, f"{prefix}/loss": 2}\nm["ppo/ratio"] = 3\nprint(m["sft/loss"], "ppo/samples", {"kl": 4})'
-    assert curves_in(code) == {"ppo/kl", "ppo/ratio", *(f"{prefix}/loss" for prefix in PREFIX.values())}
+    code = 'm = {"ppo/kl": 1, f"{prefix}/loss": 2, f"{prefix}/axes/{axis}/loss": 2}\nm["ppo/ratio"] = 3\n'
+    code += 'print(m["sft/loss"], "ppo/samples", {"kl": 4})'
+    of_each = {f"{prefix}/{rest}" for prefix in MODELS for rest in ("loss", "axes/<axis>/loss")}
+    assert curves_in(code) == {"ppo/kl", "ppo/ratio"} | of_each
 
 
 # ---- params.yaml

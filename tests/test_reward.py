@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import reward
 from rlhf_core.data import encode_prompt
-from rlhf_core.errors import TrainingDiverged
+from rlhf_core.errors import ConfigError, TrainingDiverged
 from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Ranking
 from rlhf_core.reward import (
@@ -21,14 +21,18 @@ from rlhf_core.reward import (
     Judged,
     accuracy,
     accuracy_by_kind,
+    axis_ranks,
     centering,
     encode_rankings,
     grades_of,
+    judge_heads,
     judge_rankings,
     margins_of,
     measure,
     mistakes,
     normalise_on_samples,
+    outputs_of_rankings,
+    require_axes,
     score_rankings,
     score_samples,
     temperature_of,
@@ -67,8 +71,19 @@ TOY = [
 def reward_model(folder: Path, config: Any, *, method: str = "lora") -> Roles:
     roles = Roles(folder, config)
     torch.manual_seed(7)
-    roles.add(ROLE, method=method, head=True)
+    roles.add(ROLE, method=method, head=True, axes=config.axes)
     return roles
+
+
+# The same as scored on two axes: "kind" ties two of the second's and says nothing of the first, "true" says little.
+SCORED = [
+    one._replace(axes=axes)
+    for one, axes in zip(
+        MIXED,
+        [{"true": [1, 5]}, {"kind": [2.0, 2.0, 7.5]}, {"kind": [1, 2, 3, 4], "true": [3, 3, 3, 3]}, {"kind": [0, 1]}],
+        strict=True,
+    )
+]
 
 
 def weights(roles: Roles) -> list[Tensor]:
@@ -450,3 +465,137 @@ def test_a_reward_that_is_constant_can_be_divided_by(
         roles.heads[ROLE].weight.zero_()
         roles.heads[ROLE].bias.fill_(3.0)
     assert normalised(roles, tokenizer)[0] == {ROLE: (3.0, 1e-6)}
+
+
+# ---- axes ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_axis_ranks_by_its_scores_and_leaves_out_what_it_does_not_score() -> None:
+    ranks_BK, mask_BK = axis_ranks(SCORED, "kind")
+    assert mask_BK.tolist() == [[False] * 4, [True, True, True, False], [True] * 4, [True, True, False, False]]
+    assert ranks_BK[1, :3].tolist() == [-2.0, -2.0, -7.5]
+    assert ranks_BK[2].tolist() == [-1.0, -2.0, -3.0, -4.0]
+
+
+def test_the_first_loss_of_an_axis_by_hand(llama: Path, section: Callable[..., Any]) -> None:
+    tracker, config = MemoryTracker(), section("reward", micro_batch_size=2, axes=["kind", "true"], label_smoothing=0.1)
+    roles = reward_model(llama, config)
+    with torch.no_grad():
+        outputs_BKH, _, _ = outputs_of_rankings(roles, ROLE, SCORED, PAD)
+    assert outputs_BKH.shape == (4, 4, 3)
+    expected = {}
+    for place, axis in ((1, "kind"), (2, "true")):
+        each = []
+        for one, s in zip(SCORED, outputs_BKH[..., place].tolist(), strict=True):
+            scores = one.axes.get(axis, ())
+            leads = [s[i] - s[j] for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
+            losses = [0.9 * math.log1p(math.exp(-lead)) + 0.1 * math.log1p(math.exp(lead)) for lead in leads]
+            each += [sum(losses) / len(losses)] if losses else []
+        assert len(each) == {"kind": 3, "true": 1}[axis]  # what is not scored, or scored alike, has no say
+        expected[axis] = sum(each) / len(each)
+    train(roles, SCORED, config, tracker=tracker)
+    _, first = tracker.history[0]
+    for axis, loss in expected.items():
+        assert first[f"reward/axes/{axis}/loss"] == pytest.approx(loss, rel=1e-5)  # float32
+
+
+def test_cutting_a_batch_changes_no_weight_of_an_axis(llama: Path, section: Callable[..., Any]) -> None:
+    found = {}
+    for size in (1, 2, 4):
+        config = section(
+            "reward", learning_rate=1e-3, epochs=3, micro_batch_size=size, axes=["kind", "true"], center_coef=0.5
+        )
+        roles = reward_model(llama, config)
+        train(roles, SCORED, config)
+        found[size] = weights(roles)
+    for size in (1, 2):
+        for ours, theirs in zip(found[size], found[4], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)  # float32, as above
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_axis_learns_its_own_order(llama: Path, section: Callable[..., Any], method: str) -> None:
+    # The axis prefers what the ranks call worst: the shortest.
+    toy = [one._replace(axes={"short": [-length for length in one.lengths]}) for one in TOY]
+    rate = 2e-2 if method == "lora" else 5e-3
+    config = section("reward", method=method, lora_layers=0, learning_rate=rate, epochs=16, axes=["short"])
+    roles = reward_model(llama, config, method=method)
+    train_reward(roles, ROLE, toy[:9], toy[9:], config, pad_id=PAD, tracker=NullTracker())
+    judged = judge_heads(roles, ROLE, toy[:9], PAD)
+    assert accuracy(judged[None]) == 1.0
+    assert accuracy(judged["short"]) == 1.0
+    assert (judged["short"].length_differences < 0).all()
+    assert not set(judged[None].which) & set(judged["short"].which)
+
+
+def test_a_role_without_axes_learns_as_if_there_were_no_scores(llama: Path, section: Callable[..., Any]) -> None:
+    config = section("reward")
+    plain, scored = reward_model(llama, config), reward_model(llama, config)
+    train(plain, MIXED, config)
+    train(scored, SCORED, config)
+    assert all(torch.equal(one, other) for one, other in zip(weights(plain), weights(scored), strict=True))
+
+
+def test_an_axis_moves_what_it_is_trained_with(llama: Path, section: Callable[..., Any]) -> None:
+    config = section("reward", axes=["kind"])
+    roles = reward_model(llama, config)
+    before = roles.axis_heads[ROLE].weight.detach().clone()
+    plain = reward_model(llama, section("reward"))
+    train(roles, SCORED, config)
+    train(plain, SCORED, section("reward"))
+    assert not torch.equal(roles.axis_heads[ROLE].weight, before)
+    assert len(weights(roles)) == len(weights(plain)) + 2
+    assert any(not torch.equal(*pair) for pair in zip(weights(roles)[:-4], weights(plain)[:-2], strict=True))
+
+
+def test_judging_an_axis_goes_by_its_scores(llama: Path, section: Callable[..., Any]) -> None:
+    roles = reward_model(llama, section("reward", axes=["kind", "true"]))
+    with torch.no_grad():
+        outputs_BKH, _, _ = outputs_of_rankings(roles, ROLE, SCORED, PAD)
+    judged = judge_heads(roles, ROLE, SCORED, PAD)
+    assert list(judged) == [None, "kind", "true"]
+    assert judged["kind"].which == (
+        *((1, 2, 0), (1, 2, 1)),
+        *((2, 1, 0), (2, 2, 0), (2, 2, 1), (2, 3, 0), (2, 3, 1), (2, 3, 2)),
+        (3, 1, 0),
+    )
+    assert judged["true"].which == ((0, 1, 0),)
+    assert [judged[axis].rankings for axis in judged] == [4, 3, 2]
+    for place, axis in enumerate(judged):
+        for margin, (b, i, j) in zip(judged[axis].margins, judged[axis].which, strict=True):
+            expected = outputs_BKH[b, i, place] - outputs_BKH[b, j, place]
+            assert margin == pytest.approx(expected.item(), abs=1e-5)  # float32 sums in batches of another size
+
+
+def test_each_axis_is_normalised_by_its_own_scores_on_the_samples(
+    llama: Path, section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = reward_model(llama, section("reward", axes=["kind", "true"]))
+    found, scores_B = normalised(roles, tokenizer)
+    assert roles.normalisers[ROLE][:2] == found[ROLE]
+    assert scores_B.mean().item() == pytest.approx(found[ROLE][0], rel=1e-5)  # float32
+    (kind, true) = (roles.axes[ROLE][axis] for axis in ("kind", "true"))
+    assert len({kind.mean, true.mean, found[ROLE][0]}) == 3
+    assert min(kind.std, true.std) > 0.01
+
+
+@pytest.mark.parametrize("axis", ["kindness", "flat"])
+def test_an_axis_that_nothing_teaches_is_refused_by_name(axis: str) -> None:
+    def record(**scores: list[float]) -> Ranking:
+        return Ranking((("user", "hi"),), ("a", "b"), (1, 2), scores=dict(scores) or None)
+
+    rows = [record(helpfulness=[1, 2], flat=[3, 3]), record(helpfulness=[2, 1], truth=[0, 4]), record()]
+    require_axes({"train": rows, "gold": rows}, ["helpfulness", "truth"])
+    with pytest.raises(
+        ConfigError,
+        match=rf"names '{axis}', but no ranking of split train .* helpfulness \(2 rankings\), truth \(1 rankings\)",
+    ):
+        require_axes({"train": rows}, ["helpfulness", axis])
+    with pytest.raises(ConfigError, match=r"'truth', but no ranking of split gold .* found there: none"):
+        require_axes({"train": rows, "gold": rows[2:]}, ["truth"])
+
+
+def test_encoded_rankings_keep_their_scores(tokenizer: PreTrainedTokenizerFast) -> None:
+    record = Ranking((("user", "hi"),), ("A lemon.", "A banana."), (2, 1), scores={"kind": [1, 2]})
+    found = encode_rankings([record, record._replace(scores=None)], tokenizer, system="", max_response_tokens=50)
+    assert [dict(one.axes) for one in found] == [{"kind": [1, 2]}, {}]
