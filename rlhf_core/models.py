@@ -253,16 +253,21 @@ class Roles(nn.Module):
 
     # ---- forward
 
-    def trunk(self, packed: Packed, cache: TrunkCache | None = None) -> Trunk:
+    def trunk(
+        self, packed: Packed, cache: TrunkCache | None = None, *, states: Sequence[Tensor] | None = None
+    ) -> Trunk:
         """What all roles share of a batch. No gradient passes it.
 
         Args:
+            states: (S, D) of each row, where sampling has kept them: nothing needs computing then.
             cache: where rows are looked up that may have come before. It serves one `Roles`, and must be dropped when
                 a role is added, since the new role may share fewer layers.
         """
         ids_BS, mask_BS, predicts_BS = (part.to(self.device) for part in packed[:3])
         if self.depth == 0:
             return Trunk(ids_BS, ids_BS, mask_BS, predicts_BS)
+        if states is not None:
+            return Trunk(pad_sequence(list(states), batch_first=True), ids_BS, mask_BS, predicts_BS)
         if cache is None:
             return Trunk(self._lower(ids_BS, mask_BS), ids_BS, mask_BS, predicts_BS)
         states = []

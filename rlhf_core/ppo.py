@@ -136,6 +136,7 @@ def train_ppo(
             stop_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             generator=generator,
+            keep_depth=roles.depth,
         )
         rollouts, metrics, scores_B = measure_rollouts(
             roles, sampled, config, kl_coef=controller.coef, score=score, moments=moments
@@ -233,7 +234,7 @@ def measure_rollouts(
     own_ids_BT, own_mask_BT = ids_BT[own], mask_BT[own]
     responses = sampled.responses()
     packed = pack([sampled.prompts[row] for row in own], [responses[row] for row in own], 0)
-    trunk = roles.trunk(packed)
+    trunk = roles.trunk(packed, states=sampled.states)
     # In pieces of like length, as learning will see them: little padding, and the same rounding.
     logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT = (
         torch.zeros_like(own_mask_BT, dtype=torch.float) for _ in range(4)

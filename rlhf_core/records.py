@@ -42,6 +42,8 @@ class Sampled(NamedTuple):
     ids_BT: Tensor  # (B, T) long; the stop token is kept, what follows is PAD
     mask_BT: Tensor  # (B, T) bool, a prefix of each row
     stopped_B: Tensor  # (B,) bool, True where a stop token came
+    # Of each row of this process (S, D) hidden states of prompt and response, where they were kept while sampling.
+    states: list[Tensor] | None = None
 
     def responses(self) -> list[list[int]]:
         """Token ids of each response, by its mask: a PAD that was sampled is a token like any other."""

@@ -8,22 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from rlhf_core import processes
+from rlhf_core.decoding import decoder
 from rlhf_core.errors import ConfigError
 from rlhf_core.records import Sampled
 
-DROP_SHARE = 0.25  # finished rows leave the batch once this share of it has finished: copying the cache costs too
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(B, P) ids and their mask from prompts of uneven length, padding on the left."""
-    width = max(len(row) for row in rows)
-    ids_BP = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
-    lengths_B = torch.tensor([len(row) for row in rows])
-    return ids_BP, torch.arange(width) >= width - lengths_B[:, None]
+DRAW_BLOCK = 256  # tokens whose probabilities are summed before the running sum
 
 
 @torch.no_grad()
@@ -37,6 +30,7 @@ def sample(
     pad_id: int,
     generator: torch.Generator,
     greedy: bool = False,
+    keep_depth: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Sampled:
     """Sample one response a prompt.
@@ -52,6 +46,7 @@ def sample(
         temperature: divides the logits; above 0.
         generator: where the random numbers come from.
         greedy: take the likeliest token instead.
+        keep_depth: keep the hidden states below this layer where that costs nothing; 0 keeps none.
         on_step: called with the step and the number of rows still running.
 
     Returns:
@@ -60,10 +55,8 @@ def sample(
     Raises:
         ConfigError: prompt and response could become longer than the model's context.
     """
-    device = next(model.parameters()).device
-    prompt_ids_BP, prompt_mask_BP = pad_left(prompts, pad_id)
-    count = len(prompts)
-    longest, context = prompt_ids_BP.shape[1] + max_tokens, getattr(model.config, "max_position_embeddings", None)
+    count, longest = len(prompts), max(map(len, prompts)) + max_tokens
+    context = getattr(model.config, "max_position_embeddings", None)
     if context and longest > context:
         raise ConfigError(
             f"A prompt of {longest - max_tokens} tokens and a response of {max_tokens} make {longest}; the model's "
@@ -74,46 +67,56 @@ def sample(
     stopped_B = torch.zeros(count, dtype=torch.bool)
 
     uniform_TB = torch.rand((max_tokens, count), generator=generator, dtype=torch.float64)
-    own = processes.own(range(count))
-    live_L = torch.tensor(own, dtype=torch.long)  # the rows still in the batch; those that finished leave it by and by
-    cache = DynamicCache(config=model.config)
-    ids, mask = prompt_ids_BP[live_L], prompt_mask_BP[live_L].long()
-    for step in range(max_tokens if own else 0):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        tokens_L = logits.argmax(1).cpu() if greedy else draw(logits.cpu(), uniform_TB[step, live_L], temperature)
-        running_L = ~stopped_B[live_L]
-        rows = live_L[running_L]
-        out_BT[rows, step] = tokens_L[running_L]
-        kept_BT[rows, step] = True
-        stopped_B[rows] = tokens_L[running_L] == stop_id
-        running_L = ~stopped_B[live_L]
-        if on_step:
-            on_step(step, int(running_L.sum()))
-        if not running_L.any():
-            break
-        ids, mask = tokens_L[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        if (~running_L).float().mean() >= DROP_SHARE:
-            keep = running_L.nonzero().squeeze(1)
-            cache.batch_select_indices(keep.to(device))
-            ids, mask, live_L = ids[keep], mask[keep], live_L[keep]
+    own, states = processes.own(range(count)), None
+    if own:
+        batch = decoder(
+            model, [prompts[row] for row in own], max_tokens=max_tokens, pad_id=pad_id, keep_depth=keep_depth
+        )
+        numbers = torch.tensor(own, dtype=torch.long)
+        logits_LV = batch.start()
+        for step in range(max_tokens):
+            live_L = numbers[batch.rows_L]
+            drawn_L = logits_LV.argmax(1) if greedy else draw(logits_LV.cpu(), uniform_TB[step, live_L], temperature)
+            tokens_L = drawn_L.cpu()
+            running_L = ~stopped_B[live_L]
+            rows = live_L[running_L]
+            out_BT[rows, step] = tokens_L[running_L]
+            kept_BT[rows, step] = True
+            stopped_B[rows] = tokens_L[running_L] == stop_id
+            running_L = ~stopped_B[live_L]
+            if on_step:
+                on_step(step, int(running_L.sum()))
+            if step + 1 == max_tokens or not running_L.any():
+                batch.end(tokens_L)
+                break
+            logits_LV = batch.step(tokens_L, running_L)
+        states = batch.states()
     out_BT, kept_BT, stopped_B = (processes.place(part[own], own, count) for part in (out_BT, kept_BT, stopped_B))
     length = int(kept_BT.sum(1).max())
-    return Sampled([list(row) for row in prompts], out_BT[:, :length], kept_BT[:, :length], stopped_B)
+    rows_of_ids = [list(row) for row in prompts]
+    return Sampled(rows_of_ids, out_BT[:, :length], kept_BT[:, :length], stopped_B, states)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
     """(B,) tokens from softmax(logits / temperature) by inverting its distribution function at `uniform_B`.
 
-    In float64, since a float32 running sum over 50,000 tokens loses the rare ones.
+    Running sums are float64, since in float32 one over 50,000 tokens loses the rare ones; first over blocks of tokens,
+    then within the one block that is met.
     """
-    cdf_BV = (logits_BV.double() / temperature).softmax(1).cumsum(1)
-    target_B1 = (uniform_B[:, None] * cdf_BV[:, -1:]).contiguous()
-    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[1] - 1)
+    count, tokens = logits_BV.shape
+    weights_BV = ((logits_BV - logits_BV.amax(1, keepdim=True)) / temperature).exp_()
+    weights_BKN = F.pad(weights_BV, (0, -tokens % DRAW_BLOCK)).view(count, -1, DRAW_BLOCK)
+    sums_BK = weights_BKN.sum(-1, dtype=torch.float64).cumsum(1)
+    block_B1, rest_B1 = _invert(sums_BK, uniform_B[:, None] * sums_BK[:, -1:])
+    chosen_BN = weights_BKN[torch.arange(count), block_B1[:, 0]].double().cumsum(1)
+    place_B1, _ = _invert(chosen_BN, rest_B1)
+    return (block_B1 * DRAW_BLOCK + place_B1).squeeze(1)
+
+
+def _invert(sums_BN: Tensor, target_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry whose running sum is above the target, and by how much the target is above the sum before it."""
+    # Below the whole, also where rounding has put it there: an entry that adds nothing is never the first above.
+    below_B1 = torch.minimum(target_B1, torch.nextafter(sums_BN[:, -1:], sums_BN.new_zeros(())))
+    found_B1 = torch.searchsorted(sums_BN, below_B1.contiguous(), right=True)
+    before_B1 = F.pad(sums_BN, (1, 0)).gather(1, found_B1)
+    return found_B1, (below_B1 - before_B1).clamp(min=0)
