@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
@@ -131,6 +132,7 @@ def create_app(
     app.include_router(pages.router)
     app.include_router(admin.router)
     app.add_exception_handler(HTTPException, _explain)
+    app.add_exception_handler(RequestValidationError, _name_fields)
     app.add_exception_handler(OperationalError, _not_now)
     app.add_middleware(
         SessionMiddleware, secret_key=secret, session_cookie="rlhf_feedback", same_site="lax", https_only=https
@@ -261,3 +263,10 @@ def _not_now(request: Request, error: Exception) -> Response:
     assert isinstance(error, OperationalError)
     message = f"The database cannot store anything now ({error.orig}). Nothing is lost; it is tried again."
     return _explain(request, HTTPException(503, message))
+
+
+def _name_fields(request: Request, error: Exception) -> Response:
+    """What is wrong with which field; what was sent is not sent back, for it may be no text at all."""
+    assert isinstance(error, RequestValidationError)
+    wrong = (f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}" for one in error.errors())
+    return _explain(request, HTTPException(422, "; ".join(wrong).encode("utf-8", "replace").decode()))

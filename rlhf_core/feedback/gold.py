@@ -14,7 +14,7 @@ from rlhf_core.feedback.judging import LIVE, Refused
 from rlhf_core.feedback.store import Item, Judgement
 
 ANSWERS = ("ranked", "none")
-SHOWN = 20  # own judgements that an admin can make a known answer
+SHOWN = 8  # own judgements that an admin can make a known answer
 
 
 class Candidate(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from sqlalchemy import ColumnElement, Select, Subquery, case, func, select
 from sqlalchemy.orm import Session
 
@@ -31,12 +31,17 @@ class Refused(Exception):
         self.status = status
 
 
-def storable(text: str) -> str:
-    """The text without what a database refuses: NUL, which PostgreSQL has no place for, and halves of characters."""
+def storable(text: Any) -> Any:
+    """The text without what a database refuses: NUL, which PostgreSQL has no place for, and halves of characters.
+
+    What is no text stays as it is, for others to refuse.
+    """
+    if not isinstance(text, str):
+        return text
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
-Storable = Annotated[str, AfterValidator(storable)]
+Storable = Annotated[str, BeforeValidator(storable)]
 
 
 class Submission(BaseModel):

@@ -3,18 +3,20 @@
 import re
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from itsdangerous import TimestampSigner
 from people import PASSWORD, SECRET, Person, log_in
-from sqlalchemy import select
+from sqlalchemy import event, func, select, text
 
 from rlhf_core.errors import ConfigError, ResourceError
 from rlhf_core.feedback import exchange
 from rlhf_core.feedback.accounts import LoginLimit, add_user, hash_password, password_fits, secret_key
 from rlhf_core.feedback.app import MOST_BYTES, create_app
-from rlhf_core.feedback.store import Annotator, Store
+from rlhf_core.feedback.markdown import LONGEST, as_html
+from rlhf_core.feedback.store import Annotator, Item, Judgement, Store
 
 Browser = Callable[..., Person]
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -172,7 +174,12 @@ def test_every_post_asks_for_the_token(store: Store) -> None:
 def test_a_body_over_the_limit_is_refused(browser: Browser) -> None:
     local = browser()
     token = local.token()
-    for content in (b"x" * (MOST_BYTES + 1), iter([b"x" * MOST_BYTES, b"x"])):  # the second tells no length
+    ten_megabytes = b"x" * 10_000_000
+    for content in (
+        ten_megabytes,
+        b"x" * (MOST_BYTES + 1),
+        iter([b"x" * MOST_BYTES, b"x"]),
+    ):  # the last tells no length
         answer = local.post("/admin/import", content=content, headers={"X-CSRF-Token": token})
         assert answer.status_code == 413
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -232,3 +239,136 @@ def test_tags_in_a_guideline_stay_text(store: Store) -> None:
     assert "<h1>Mine</h1>" in page
     assert "<script>" not in page
     assert 'href="javascript' not in page
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "[x](javascript:alert(1))",
+        "[x](JaVaScRiPt:alert(1))",
+        "[x](&#106;avascript:alert(1))",
+        "[x](java\nscript:alert(1))",
+        "[x](data:text/html;base64,PHNjcmlwdD4=)",
+        "[x](vbscript:x)",
+        "[x](file:///etc/passwd)",
+        "[x](/admin/import)",
+        "[x](//evil.example)",
+        "<javascript:alert(1)>",
+        "![x](https://evil.example/seen.png)",
+        "![x](javascript:alert(1))",
+        '[x](https://a.example" onmouseover="alert(1))',
+        '[x](https://a.example "t\\" onmouseover=\\"alert(1)")',
+        "[x]: javascript:alert(1)\n\n[x]",
+        "<svg/onload=alert(1)>",
+        "<a href='javascript:alert(1)'>x</a>",
+        "```<img src=x onerror=alert(1)>\ncode\n```",
+        "| <script>alert(1)</script> |\n|---|\n| <b onclick=alert(1)> |",
+    ],
+)
+def test_markdown_makes_nothing_that_runs_or_loads(attack: str) -> None:
+    tags = re.findall(r"<(\w+)([^>]*)>", as_html(attack))
+    assert {tag for tag, _ in tags} <= {"p", "a", "pre", "code", "table", "thead", "tbody", "tr", "th", "td", "br"}
+    for tag, attributes in tags:
+        assert not re.search(r"\son\w+=\"|style=", re.sub(r'="[^"]*"', '=""', attributes)), attributes
+        if tag == "a":
+            assert re.match(r' href="(https?://|mailto:|#)', attributes)
+            assert 'rel="noopener noreferrer nofollow"' in attributes
+
+
+def test_markdown_is_drawn_and_what_is_very_long_is_not() -> None:
+    assert as_html("**a** `b`\nc") == "<p><strong>a</strong> <code>b</code><br />\nc</p>\n"
+    assert as_html("- a\n- b").count("<li>") == 2
+    assert as_html("[x](https://a.example)") == (
+        '<p><a href="https://a.example" rel="noopener noreferrer nofollow" target="_blank">x</a></p>\n'
+    )
+    assert "<em>" not in as_html("*a* <b>" * LONGEST)
+    assert "<b>" not in as_html("*a* <b>" * LONGEST)
+    assert len(as_html("[" * 5000 + "](x" * 5000)) < 100_000  # nested without end
+
+
+SQL = "'; DROP TABLE judgements; -- \" OR 1=1"
+
+
+def test_sql_in_any_field_is_text(browser: Browser, store: Store) -> None:
+    kim = browser(f"kim {SQL}"[:80], admin=True)
+    row = {"prompt": SQL, "responses": [SQL, "b"], "origins": [SQL, "b"], "category": SQL}
+    with store.session() as session:
+        found = exchange.find_items("rows", [(1, row)], kind=None, policies=("a", "b"), how=SQL)
+        exchange.add_items(session, found, axes=[SQL])
+    assert log_in(kim, SQL, SQL).status_code == 401
+    assert log_in(kim, "' OR '1'='1", PASSWORD).status_code == 401
+    assert kim.judge(client_id="client-1", item=SQL[:32], ranks=[1, 2], scores={SQL: [1, 2]}).status_code == 404
+    sent = kim.judge(client_id=SQL, ranks=[1, 2], scores={SQL: [1, 2]}, comment=SQL)
+    assert sent.status_code == 200, sent.text
+    assert kim.submit(f"/judgements/1 OR 1=1{SQL}/undo").status_code in (404, 422)
+    for field in ("kind", "overlap", "first", "second", "how", "axes", "name", "artifact", "known"):
+        answer = kim.post("/admin/import", params={field: SQL}, content=b"{}\n", headers={"X-CSRF-Token": kim.token()})
+        assert answer.status_code in (404, 422), field
+    with store.session() as session:
+        judgement = session.scalars(select(Judgement)).one()
+        assert (judgement.comment, judgement.client_id, judgement.scores) == (SQL, SQL, {SQL: [1, 2]})
+        assert session.scalar(select(func.count(Annotator.id))) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.jsonl", "evaluate/../../secret.jsonl", "/etc/passwd", "{folder}/secret.jsonl", "evaluate\\..\\x",
+     "..%2fsecret.jsonl", "evaluate/answers.jsonl\0", "./evaluate/answers.jsonl", "hub:evil/rows", "evaluate", ".",
+     "notes.txt"],
+)  # fmt: skip
+def test_no_path_that_was_sent_is_opened(browser: Browser, store: Store, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "artifacts"
+    (folder / "evaluate").mkdir(parents=True)
+    line = '{"prompt": "Secret?", "responses": ["a", "b"]}\n'
+    for file in (tmp_path / "secret.jsonl", folder / "evaluate" / "answers.jsonl", folder / "notes.txt"):
+        file.write_text(line)
+    app = create_app(store, secret=SECRET, artifacts=folder)
+    admin = Person(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
+    headers = {"X-CSRF-Token": admin.token()}
+    sent = admin.post("/admin/import", params={"artifact": name.replace("{folder}", str(tmp_path))}, headers=headers)
+    assert sent.status_code == 404
+    with store.session() as session:
+        assert session.scalar(select(func.count(Item.id))) == 0
+    offered = re.findall(r"<option>(\S+jsonl)</option>", admin.get("/admin").text)
+    assert offered == ["evaluate/answers.jsonl"]
+    sent = admin.post("/admin/import", params={"artifact": offered[0]}, headers=headers)
+    assert sent.json() == {"message": "Added 1 to rank."}
+
+
+# ---- nothing lost
+
+
+def test_on_a_full_disk_nothing_is_lost_and_nothing_comes_twice(browser: Browser, store: Store, items: None) -> None:
+    kim = browser("kim")
+    ticket, token = kim.item(), kim.token()
+    body = {"client_id": "client-1", "item": ticket, "verdict": "ranked", "ranks": [1, 2, 3], "seconds": 1}
+    body["comment"] = "ä" * 4000  # more than is free in any page of the file
+    full = [True]
+
+    def limit(connection: object, *_: object) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0] if full[0] else 2**30  # type: ignore[attr-defined]
+        connection.execute(f"PRAGMA max_page_count = {pages}")  # type: ignore[attr-defined]
+
+    event.listen(store.engine, "checkout", limit)
+    for _ in range(2):
+        refused = kim.post("/judgements", json=body, headers={"X-CSRF-Token": token})
+        assert refused.status_code == 503
+        assert "full" in refused.json()["detail"]
+    with store.session() as session:
+        assert session.scalar(select(func.count(Judgement.id))) == 0
+    full[0] = False
+    told = [kim.post("/judgements", json=body, headers={"X-CSRF-Token": token}).json()["new"] for _ in range(2)]
+    assert told == [True, False]
+    with store.session() as session:
+        assert session.scalar(text("PRAGMA integrity_check")) == "ok"
+        assert session.scalars(select(Judgement)).one().comment == body["comment"].strip()
+
+
+def test_two_who_ask_in_one_moment_do_not_take_the_same_last_place(browser: Browser, store: Store, items: None) -> None:
+    with store.session() as session:
+        for item in session.scalars(select(Item)):
+            item.overlap = 1
+    people = [browser(f"person {number}") for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        shown = list(pool.map(Person.item, people))
+    assert len(set(shown)) == 6

@@ -11,6 +11,8 @@ const scales = [...document.querySelectorAll(".scores fieldset")]; // one for ea
 const draft = `rlhf-feedback-draft-${page.dataset.item}`; // what is being written, until it is sent
 const box = `rlhf-feedback-${annotator}`;
 const RETRY = 3000; // milliseconds
+const SETTLE = 350; // milliseconds in which a page takes no answer: the second half of a double click is none
+const began = performance.now();
 const REFUSED = [404, 409, 413, 422]; // sending these again would change nothing
 let token = document.querySelector("meta[name=csrf]").content;
 let unkept = []; // what waits where the browser stores nothing
@@ -100,7 +102,7 @@ async function flush() {
 }
 
 function send(verdict, ranks, more = {}) {
-  if (busy) return;
+  if (busy || performance.now() - began < SETTLE) return;
   const bytes = crypto.getRandomValues(new Uint8Array(16)); // randomUUID is there over HTTPS only
   const client_id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
   const seconds = Math.min(86400, Math.round(timeSeen() / 100) / 10);
@@ -111,7 +113,7 @@ function send(verdict, ranks, more = {}) {
 }
 
 async function undo() {
-  if (!page.dataset.last) return;
+  if (!page.dataset.last || performance.now() - began < SETTLE) return;
   busy = true;
   const { status, detail } = await post(`/judgements/${page.dataset.last}/undo`, {});
   if (status === 200) return location.reload();

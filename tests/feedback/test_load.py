@@ -1,0 +1,84 @@
+"""Several people at once on a real server, on SQLite and on PostgreSQL: nothing lost, nothing twice."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from people import PASSWORD, RANKINGS, SECRET, Person, log_in
+from sqlalchemy import select
+
+from rlhf_core.feedback import exchange
+from rlhf_core.feedback.accounts import add_user
+from rlhf_core.feedback.app import create_app
+from rlhf_core.feedback.store import Base, Judgement, open_store
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import feedback_load
+
+FAST = 200  # milliseconds in which 95 % of all requests are answered
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    if feedback_load.postgres_programs() is None:
+        pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
+    pytest.importorskip("psycopg", reason="pip install 'rlhf-pipeline[postgres]'")
+    with feedback_load.postgres() as url:
+        yield url
+
+
+def clean(found: feedback_load.Load) -> bool:
+    return (found.lost, found.doubled, found.too_often) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_five_people_at_once_lose_nothing(tmp_path: Path) -> None:
+    found = feedback_load.load(tmp_path, str(tmp_path / "feedback.db"), people=5, each=8, think=0.02)
+    assert clean(found), found
+    assert len(found.sends) == 40
+
+
+@pytest.mark.slow
+def test_the_pages_work_on_postgresql(postgres: str, tmp_path: Path) -> None:
+    store = open_store(postgres)
+    with store.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+    with store.session() as session:
+        rows = list(enumerate([{**RANKINGS[0], "prompt": "A NUL: \0", "category": "x" * 200}, *RANKINGS[:2]]))
+        items = exchange.find_items("rows", rows, kind=None, policies=("a", "b"), how="")
+        exchange.add_items(session, items, axes=["kind"])
+    add_user(store, "kim", PASSWORD, admin=True)
+    kim = Person(create_app(store, secret=SECRET), base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
+    assert log_in(kim, "kim\0", PASSWORD).status_code == 303
+    for number in range(3):
+        body = {"client_id": f"client-{number}", "item": kim.item(), "verdict": "ranked", "ranks": [1, 2, 3]}
+        body |= {"scores": {"kind": [1, 2, 3]}, "seconds": 1, "comment": "half a \ud800 and a \0"}
+        headers = {"X-CSRF-Token": kim.token(), "Content-Type": "application/json"}
+        answer = kim.post("/judgements", content=json.dumps(body), headers=headers)
+        assert answer.status_code == 200, answer.text
+    kim.submit(f"/judgements/{kim.last()}/undo")
+    assert kim.submit("/admin/gold/1").json() == {"gold": True}
+    assert kim.get("/results").status_code == 200
+    assert len(kim.get("/admin/rankings.jsonl").text.splitlines()) == 2
+    with store.session() as session:
+        assert {one.comment for one in session.scalars(select(Judgement))} == {"half a ? and a"}
+        for table in reversed(Base.metadata.sorted_tables):  # the tests below start from nothing
+            session.execute(table.delete())
+    store.close()
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_twenty_people_make_2000_judgements(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    database = request.getfixturevalue("postgres") if kind == "postgresql" else str(tmp_path / "feedback.db")
+    found = feedback_load.load(tmp_path, database, people=20, each=100, think=0.5)
+    print(feedback_load.table(kind, found))
+    assert clean(found), found
+    assert len(found.sends) == 2000
+    assert feedback_load.quantile(found.pages, 0.95) < FAST
+    assert feedback_load.quantile(found.sends, 0.95) < FAST
