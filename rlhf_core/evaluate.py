@@ -110,6 +110,7 @@ def evaluate_policies(
                     pad_id=tokenizer.pad_token_id,
                     generator=generator,
                     greedy=turn == 0,
+                    keep_depth=tuned.depth if roles is tuned else 0,
                 )
                 responses += _measure(base, tuned, policy, answers, config.temperature, tokenizer, first=start)
             if turn == 0:
@@ -196,13 +197,16 @@ def _measure(
     responses = answers.responses()
     kl_B = torch.zeros(len(responses))
     scored = {judge: torch.zeros(len(responses), 1 + len(tuned.axes[judge])) for judge in JUDGES}
-    # By length, so that little padding is computed.
     size = len(responses)
-    order = processes.own(sorted(range(size), key=lambda row: len(answers.prompts[row]) + len(responses[row])))
+    own = processes.own(range(size))  # the rows that this process sampled, and whose hidden states it may have kept
+    kept = dict(zip(own, answers.states, strict=True)) if answers.states is not None else {}
+    # By length, so that little padding is computed.
+    order = sorted(own, key=lambda row: len(answers.prompts[row]) + len(responses[row]))
     for start in range(0, len(order), MEASURED_ROWS):
         rows = order[start : start + MEASURED_ROWS]
         packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
-        trunk = tuned.trunk(packed)  # once, for the reference, the policy and both judges
+        states = [kept[row] for row in rows] if kept else None
+        trunk = tuned.trunk(packed, states=states)  # once, for the reference, the policy and both judges
         answer = (packed.ids_BT, packed.mask_BT)
         if policy != "sft":
             ref_BT, _ = tuned.logprobs(trunk, REFERENCE, *answer, temperature=temperature)

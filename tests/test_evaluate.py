@@ -173,6 +173,26 @@ def test_many_prompts_are_answered_in_pieces(
     assert [one.prompt for one in found.sampled["ppo"]] == [0, 1, 2, 0, 1, 2]
 
 
+def test_states_kept_while_sampling_change_no_number(
+    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, trunk, saved = [], Roles.trunk, folders(move=True)
+
+    def watched(self: Roles, packed: Any, cache: Any = None, *, states: Any = None) -> Any:
+        given.append(states is not None)
+        return trunk(self, packed, cache)
+
+    ours = run(llama, saved, section("evaluate"), tokenizer)
+    monkeypatch.setattr(Roles, "trunk", watched)
+    plain = run(llama, saved, section("evaluate"), tokenizer)
+    assert sum(given) == 2 * 3  # three passes of sft and ppo, each measured in one piece; the base has its own layers
+    for policy in POLICIES:
+        for left, right in zip(ours.sampled[policy], plain.sampled[policy], strict=True):
+            assert left.text == right.text
+            numbers = [(one.reward, one.gold_reward, one.kl) for one in (left, right)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-5)  # float32
+
+
 def test_a_summary_is_the_mean_of_its_responses(moved: Evaluation) -> None:
     for policy in POLICIES:
         rows, found = moved.sampled[policy], moved.metrics[policy]
