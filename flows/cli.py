@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flows import feedback, preflight
+from flows import feedback, judge, preflight
 from flows.listening import require_free, warn_if_public
 from rlhf_core.errors import ResourceError, RLHFError
 from tasks.environment import record_folder
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(feedback.app, name="feedback")
+app.command("judge-check")(judge.judge_check)
 
 Overrides = Annotated[
     list[str] | None,
@@ -57,6 +58,7 @@ def about() -> None:
     - `rlhf run -S ppo.kl_coef=0.1` changes one value and runs only what hangs on it
     - `rlhf compare HEAD` shows what that changed, and `rlhf ui` opens all runs in MLflow
     - `rlhf feedback` lets people judge: is PPO better than SFT, which responses are best
+    - `rlhf judge-check` says how far a model could judge in their place
     """
 
 

@@ -151,13 +151,14 @@ def workspace_lock(root: Path) -> Iterator[None]:
         yield
 
 
-def apply_overrides(overrides: Sequence[str], *, root: Path | None = None) -> Params:
+def apply_overrides(overrides: Sequence[str], *, root: Path | None = None, keep: bool = True) -> Params:
     """Change params.yaml as `dvc exp run -S` does, keeping its comments, and return the checked whole.
 
     The result is checked before the file is touched, and put in place in one move.
 
     Args:
         overrides: such as "ppo.kl_coef=0.1"; DVC's form "params.yaml:ppo.kl_coef=0.1" is understood too.
+        keep: whether the file is changed, or only the whole that is returned.
 
     Raises:
         ConfigError: an override cannot be read, or names no key, or its value is impossible.
@@ -179,7 +180,7 @@ def apply_overrides(overrides: Sequence[str], *, root: Path | None = None) -> Pa
                 f"Cannot read -S {' '.join(plain)}: {reason}. Expected SECTION.KEY=VALUE, such as -S ppo.kl_coef=0.1"
             ) from error
 
-    return _edit_params(root or find_root(), change if overrides else None)
+    return _edit_params(root or find_root(), change if overrides else None, keep=keep)
 
 
 def apply_recipe(recipe: Path, *, root: Path | None = None) -> Params:
@@ -196,7 +197,7 @@ def apply_recipe(recipe: Path, *, root: Path | None = None) -> Params:
     return _edit_params(root or find_root(), change)
 
 
-def _edit_params(root: Path, change: Callable[[Path], None] | None) -> Params:
+def _edit_params(root: Path, change: Callable[[Path], None] | None, *, keep: bool = True) -> Params:
     path = root / PARAMS
     if not path.is_file():
         raise MissingArtifact(f"Found no {PARAMS} in {root}. Run this in the project's folder.")
@@ -207,7 +208,7 @@ def _edit_params(root: Path, change: Callable[[Path], None] | None) -> Params:
         shutil.copy(path, draft)
         change(draft)
         params = check_params(_load_yaml(draft), source=PARAMS)
-        if _load_yaml(draft) != _load_yaml(path):  # DVC rewrites some lines' style even where no value changes
+        if keep and _load_yaml(draft) != _load_yaml(path):  # DVC rewrites some lines' style even where no value changes
             os.replace(draft, path)
     return params
 

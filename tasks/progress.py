@@ -2,6 +2,8 @@
 
 import time
 
+from rlhf_core.tracking import NullTracker
+
 
 class ProgressLine:
     """One line at most every five seconds, and the first and last of a phase; the same with and without a terminal."""
@@ -44,6 +46,17 @@ class ProgressLine:
             names = ((name, f"{self.stage}/{name}") for name in shown)
             note = "  ".join(f"{name} {self.latest[key]:.3g}" for name, key in names if key in self.latest)
         return "  ".join([*parts, note]).rstrip()
+
+
+class ProgressTracker(NullTracker):
+    """A tracker for commands that are no stage: it prints how far they are, and records nothing."""
+
+    def __init__(self, name: str) -> None:
+        self._line = ProgressLine(name)
+
+    def progress(self, done: int, total: int, *, unit: str, tokens: int = 0, note: str = "") -> None:
+        """Say how far the command is."""
+        self._line.update(done, total, unit=unit, tokens=tokens, note=note)
 
 
 def _clock(seconds: float) -> str:

@@ -112,7 +112,7 @@ class Pace:
 
 
 class ChatEndpoint:
-    """One model at one endpoint; may be used by several threads at once.
+    """One model at one endpoint, inside a `with` block; may be used by several threads at once.
 
     Args:
         config: section `judge`.
@@ -135,16 +135,17 @@ class ChatEndpoint:
                 f"judge.url is {config.url}: {KEY_VARIABLE} would go over the network unencrypted. "
                 f"Use https, or unset {KEY_VARIABLE}."
             )
+
+    def __enter__(self) -> "ChatEndpoint":
+        self.stopped.clear()
         headers = {"Accept-Encoding": "identity"}  # what is unpacked has no size that could be limited beforehand
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        self._client = httpx.Client(
-            headers=headers, timeout=config.timeout, follow_redirects=False,
-            limits=httpx.Limits(max_connections=config.concurrency),
-        )  # fmt: skip
+        limits = httpx.Limits(max_connections=self.config.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=self.config.timeout, limits=limits, follow_redirects=False)
+        return self
 
-    def close(self) -> None:
-        """Close the connections."""
+    def __exit__(self, *_: object) -> None:
         self._client.close()
 
     def complete(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,14 @@ class EndpointComparer:
 
     Args:
         config: section `judge`.
-        memory: where judgements are kept.
+        path: the SQLite file in which judgements are kept.
         backoff: as `ChatEndpoint`.
     """
 
-    def __init__(self, config: Judge, memory: Memory, *, tracker: Tracker | None = None, backoff: float = 1.0) -> None:
+    def __init__(self, config: Judge, path: Path, *, tracker: Tracker | None = None, backoff: float = 1.0) -> None:
         self.name = config.model
         self.config = config
-        self.memory = memory
+        self.path = path
         self.tracker = tracker or NullTracker()
         self.chat = ChatEndpoint(config, backoff=backoff)
         self.known = 0
@@ -111,36 +112,38 @@ class EndpointComparer:
             JudgeStopped: a limit of spending, a service that is away or refuses, or answers that are never valid. What
                 was answered is kept.
         """
-        self.chat.stopped.clear()
         self._failed_in_a_row = {NoAnswer: 0, BadAnswer: 0}
         self._stop = None
-        opinions = [self._remembered(look) for look in looks]
-        missing = [place for place, opinion in enumerate(opinions) if opinion is None]
-        known = len(looks) - len(missing)
-        self.known += known
-        self.tracker.progress(known, len(looks), unit="looks", note=self._note())
+        with closing(Memory(self.path)) as memory:
+            opinions = [self._remembered(look, memory) for look in looks]
+            missing = [place for place, opinion in enumerate(opinions) if opinion is None]
+            self.known += len(looks) - len(missing)
+            self.tracker.progress(len(looks) - len(missing), len(looks), unit="looks", note=self._note())
+            if missing:
+                with self.chat:
+                    self._ask_all(looks, missing, opinions, memory)
+        if self._stop:
+            answered = sum(opinion is not None for opinion in opinions)
+            raise JudgeStopped(
+                f"The judge {self.name} stopped at {answered} of {len(looks)} looks: {self._stop}. "
+                f"What it said is kept in {self.path}; the same command goes on from there."
+            )
+        return opinions
+
+    def _ask_all(
+        self, looks: Sequence[Look], missing: Sequence[int], opinions: list[Opinion | None], memory: Memory
+    ) -> None:
+        """Fill in the missing opinions, several at a time, up to the first reason to stop."""
         with ThreadPoolExecutor(self.config.concurrency) as pool:
-            waiting = {pool.submit(self._ask_unless_stopped, looks[place]): place for place in missing}
+            waiting = {pool.submit(self._ask_unless_stopped, looks[place], memory): place for place in missing}
             try:
-                for done, future in enumerate(as_completed(waiting), start=known + 1):
+                for done, future in enumerate(as_completed(waiting), start=len(looks) - len(missing) + 1):
                     opinions[waiting[future]] = future.result()
                     if not self._stop:
                         self.tracker.progress(done, len(looks), unit="looks", note=self._note())
             except BaseException:  # Ctrl-C, or a mistake of ours: what is under way ends by itself, and is kept
                 self.chat.stopped.set()
                 raise
-        if self._stop:
-            answered = sum(opinion is not None for opinion in opinions)
-            raise JudgeStopped(
-                f"The judge {self.name} stopped at {answered} of {len(looks)} looks: {self._stop}. "
-                f"What it said is kept in {self.memory.path}; the same command goes on from there."
-            )
-        return opinions
-
-    def close(self) -> None:
-        """Close connections and file."""
-        self.chat.close()
-        self.memory.close()
 
     def costs(self) -> dict[str, float]:
         """Requests sent, retries among them, looks that were remembered, and money spent."""
@@ -151,17 +154,17 @@ class EndpointComparer:
             "cost": self.chat.budget.spent,
         }
 
-    def _ask_unless_stopped(self, look: Look) -> Opinion | None:
+    def _ask_unless_stopped(self, look: Look, memory: Memory) -> Opinion | None:
         """`_ask`, where the first reason to stop stops the others too."""
         try:
-            return self._ask(look)
+            return self._ask(look, memory)
         except MustStop as reason:
             with self._lock:
                 self._stop = self._stop or reason
             self.chat.stopped.set()
             return None
 
-    def _ask(self, look: Look) -> Opinion | None:
+    def _ask(self, look: Look, memory: Memory) -> Opinion | None:
         """Ask, check, ask once more, and keep what is valid."""
         messages = question(look, self.config.axes)
         schema = schema_of(self.config.axes)
@@ -181,7 +184,7 @@ class EndpointComparer:
         except BadAnswer as bad:
             self._count_failure(type(bad), bad)
             return None
-        self.memory.put(self._key(look), self.config.model, answer)
+        memory.put(self._key(look), self.config.model, answer)
         with self._lock:
             self._failed_in_a_row = dict.fromkeys(self._failed_in_a_row, 0)
         return opinion_of(answer)
@@ -195,8 +198,8 @@ class EndpointComparer:
         if count >= USELESS:
             raise MustStop(f"{count} looks in a row got no valid answer ({why})")
 
-    def _remembered(self, look: Look) -> Opinion | None:
-        answer = self.memory.get(self._key(look))
+    def _remembered(self, look: Look, memory: Memory) -> Opinion | None:
+        answer = memory.get(self._key(look))
         return None if answer is None else opinion_of(answer)
 
     def _key(self, look: Look) -> str:

@@ -30,9 +30,9 @@ def open_judge(
     if config.kind == "rule":
         return rule(config.model, seed=config.seed)
     if config.kind == "endpoint":
-        from rlhf_core.feedback.endpoint import EndpointComparer, Memory
+        from rlhf_core.feedback.endpoint import EndpointComparer
 
-        return PairwiseJudge(EndpointComparer(config, Memory(Path(memory)), tracker=tracker, backoff=backoff))
+        return PairwiseJudge(EndpointComparer(config, Path(memory), tracker=tracker, backoff=backoff))
     from rlhf_core.feedback.local import LabelComparer, RewardJudge
 
     if config.kind == "local":

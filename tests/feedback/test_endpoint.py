@@ -51,18 +51,14 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def judge(service: Service, section: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., EndpointComparer]]:
+def judge(service: Service, section: Callable[..., Any], tmp_path: Path) -> Callable[..., EndpointComparer]:
     """A judge as a new run would make it, with the judgements of the runs before."""
-    opened: list[EndpointComparer] = []
 
     def make(tracker: Any = None, **changes: Any) -> EndpointComparer:
         config = section("judge", **{"url": service.url, **changes})
-        opened.append(EndpointComparer(config, Memory(tmp_path / "state" / "judge.db"), tracker=tracker, backoff=0.001))
-        return opened[-1]
+        return EndpointComparer(config, tmp_path / "state" / "judge.db", tracker=tracker, backoff=0.001)
 
-    yield make
-    for one in opened:
-        one.close()
+    return make
 
 
 def kept(path: Path) -> int:
@@ -200,6 +196,16 @@ def test_a_service_that_goes_wrong_for_good_stops_the_run_and_the_next_asks_only
     opinions = judge().compare(looks)
     assert len(service.requests) - asked == 21 - 4
     assert firsts(opinions)[:9] == pytest.approx(TRUTH)
+
+
+def test_a_judge_that_stopped_can_be_asked_again(service: Service, judge: Callable[..., EndpointComparer]) -> None:
+    service.script = ["good", "401"]
+    asking = judge()
+    with pytest.raises(JudgeStopped):
+        asking.compare(LOOKS)
+    assert asking.compare(LOOKS[:1]) == judge().compare(LOOKS[:1])
+    assert None not in asking.compare(LOOKS)
+    assert len(service.requests) == 10
 
 
 @pytest.mark.parametrize("behaviour", [*PASSING, *INVALID, *FINAL])

@@ -169,4 +169,3 @@ def test_a_rule_and_an_endpoint_are_opened_by_the_configuration(section: Callabl
     endpoint = open_judge(section("judge"), prepare, memory=tmp_path / "j.db")
     assert (endpoint.name, endpoint.source) == ("tiny-judge", "ai")
     assert isinstance(endpoint, PairwiseJudge)
-    endpoint.comparer.close()  # type: ignore[attr-defined]
