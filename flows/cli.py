@@ -57,6 +57,7 @@ def about() -> None:
     - `rlhf chat ppo` lets you talk to the result
     - `rlhf run -S ppo.kl_coef=0.1` changes one value and runs only what hangs on it
     - `rlhf compare HEAD` shows what that changed, and `rlhf ui` opens all runs in MLflow
+    - `rlhf frontier` places PPO beside DPO and best-of-n, over all runs
     - `rlhf feedback` lets people judge: is PPO better than SFT, which responses are best
     - `rlhf judge-check` says how far a model could judge in their place
     """
