@@ -5,7 +5,7 @@ Annotators never learn who wrote a response: nothing here returns an item's sour
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from rlhf_core.feedback.store import Claim, Guideline, Item, Judgement, now
 
 Kind = Literal["rank", "compare", "write"]
 MOST_SCORE = 5  # of an axis; 1 is the least
+LOOKS = 20  # free items that are looked at once more before the whole search is done again
 LONGEST = 20_000  # characters that a person writes
 KEPT = timedelta(minutes=30)  # how long an item that was shown to one person is kept from the others
 LIVE = Judgement.withdrawn_at.is_(None)
@@ -82,10 +83,15 @@ class Progress(NamedTuple):
     left: int  # for this person today: what they may still judge, or what is missing of the day's number
 
 
-def show_next(session: Session, annotator: int, kind: Kind) -> Shown | None:
+def show_next(
+    session: Session, annotator: int, kind: Kind, *, lock: Callable[[Session], None] = lambda _: None
+) -> Shown | None:
     """The item that a person judges next, kept for them for half an hour; None if nothing is left for them.
 
     One that was undone comes first, then the one that was shown last, then the rest in an order of this person's own.
+
+    Args:
+        lock: `Store.lock`, so that two people who ask in one moment do not both take the last place of one item.
     """
     undone = session.scalar(
         select(Judgement)
@@ -95,7 +101,7 @@ def show_next(session: Session, annotator: int, kind: Kind) -> Shown | None:
         .order_by(Judgement.withdrawn_at.desc(), Judgement.id.desc())
         .limit(1)
     )
-    item = undone.item if undone else _choose(session, annotator, kind)
+    item = undone.item if undone else _choose(session, annotator, kind, lock)
     if item is None:
         return None
     claim = session.get(Claim, (annotator, item.id)) or Claim(annotator_id=annotator, item_id=item.id)
@@ -218,29 +224,46 @@ def keep_guideline(session: Session, text: str) -> str:
     return version
 
 
-def _choose(session: Session, annotator: int, kind: Kind) -> Item | None:
-    others = _count_by_item(COUNTS, Judgement.annotator_id != annotator)
+def _choose(session: Session, annotator: int, kind: Kind, lock: Callable[[Session], None]) -> Item | None:
+    """Look first and lock then: what was free a moment ago is looked at once more, which takes little time."""
+    query = _open_items(annotator, kind)
+    rows = session.execute(query).all()
+    rows = sorted(rows, key=lambda row: (row.shown_at is None, _draw(annotator, row.key)))
+    lock(session)
+    for row in rows[:LOOKS]:
+        if session.execute(_open_items(annotator, kind, row.id)).first():
+            return session.get(Item, row.id)
+    if len(rows) <= LOOKS:
+        return None
+    still = session.execute(query).all()  # many people took many items in this moment
+    chosen = min(still, key=lambda row: _draw(annotator, row.key), default=None)
+    return session.get(Item, chosen.id) if chosen else None
+
+
+def _open_items(annotator: int, kind: Kind, item: int | None = None) -> Select[tuple[int, str, datetime]]:
+    """Number, key and when it was last shown, of each item that this person may judge and others leave a place of.
+
+    With an item only that one; said in every part, since databases count all the others otherwise.
+    """
+    only = [column == item for column in (Judgement.item_id, Claim.item_id, Item.id) if item is not None]
+    others = _count_by_item(COUNTS, Judgement.annotator_id != annotator, *only[:1])
     answered = select(Judgement.id).where(
         Judgement.annotator_id == Claim.annotator_id, Judgement.item_id == Claim.item_id, LIVE
     )
     held = (
         select(Claim.item_id, func.count().label("number"))
-        .where(Claim.annotator_id != annotator, Claim.shown_at > now() - KEPT, ~answered.exists())
+        .where(Claim.annotator_id != annotator, Claim.shown_at > now() - KEPT, ~answered.exists(), *only[1:2])
         .group_by(Claim.item_id)
         .subquery()
     )
     taken = func.coalesce(others.c.number, 0) + func.coalesce(held.c.number, 0)
-    rows = session.execute(
+    return (
         select(Item.id, Item.key, Claim.shown_at)
         .outerjoin(others, others.c.item_id == Item.id)
         .outerjoin(held, held.c.item_id == Item.id)
         .outerjoin(Claim, (Claim.item_id == Item.id) & (Claim.annotator_id == annotator))
-        .where(*_open_to(annotator, kind, taken))
-    ).all()
-    if not rows:
-        return None
-    chosen = min(rows, key=lambda row: (row.shown_at is None, _draw(annotator, row.key)))
-    return session.get(Item, chosen.id)
+        .where(*_open_to(annotator, kind, taken), *only[2:])
+    )
 
 
 def _open_to(annotator: int, kind: Kind, taken: ColumnElement[int]) -> list[ColumnElement[bool]]:

@@ -83,8 +83,8 @@ def judge(request: Request, me: Me) -> Response:
     """The next item of a kind."""
     kind: Kind = next(kind for kind in KINDS if request.url.path == f"/{kind}")
     desk = desk_of(request)
-    with desk.store.alone() as session:  # or two people would take the last place of one item
-        item = judging.show_next(session, me.id, kind)
+    with desk.store.session() as session:
+        item = judging.show_next(session, me.id, kind, lock=desk.store.lock)
     with desk.store.session() as session:
         progress = judging.progress(session, me.id, kind, a_day=desk.a_day)
         last = judging.last_judgement(session, me.id, kind)

@@ -131,13 +131,10 @@ class Store:
         with Session(self.engine) as session, session.begin():
             yield session
 
-    @contextmanager
-    def alone(self) -> Iterator[Session]:
-        """The same while no other such session is open: who looks and then writes is not outrun in between."""
-        with self.session() as session:
-            sqlite = self.engine.dialect.name == "sqlite"
-            session.execute(text("BEGIN IMMEDIATE" if sqlite else f"SELECT pg_advisory_xact_lock({LOCK})"))
-            yield session
+    def lock(self, session: Session) -> None:
+        """Until this session ends, others that ask for the lock wait: who looks and then writes is not outrun."""
+        sqlite = self.engine.dialect.name == "sqlite"
+        session.execute(text("BEGIN IMMEDIATE" if sqlite else f"SELECT pg_advisory_xact_lock({LOCK})"))
 
     def has_login(self) -> bool:
         """Whether anyone can log in with a password."""
