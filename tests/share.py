@@ -74,6 +74,7 @@ def main(folder: Path) -> None:
         for prompt, three, ranking in zip(prompts, answers, rankings, strict=True)
     ]
     final = train_dpo(roles, pairs[:TRAINED], pairs[TRAINED:], preferring, pad_id=0, tracker=tracker)
+    tracker.history[0][1].pop("dpo/accuracy")  # of equal policies: rounding decides which response is the better
     keep("dpo", roles, ["policy"], final, tracker)
 
     tracker, options = MemoryTracker(), PPO.model_validate(plan["ppo"])
