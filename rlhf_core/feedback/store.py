@@ -187,7 +187,7 @@ def _make_private(path: Path) -> None:
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:
-    # FULL: a judgement that was answered for is on the disk, also if the power fails. SQLite lets no one queue: who waits
-    # for a place among many may be unlucky for seconds, and shall wait on rather than be refused.
+    # FULL: a judgement that was answered for is on the disk, also if the power fails. 30 s: SQLite lets no one queue,
+    # so that one among many may be unlucky for seconds, and shall wait on rather than be refused.
     for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {setting}")
