@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flows import feedback, judge, preflight
+from flows import campaigns, feedback, judge, preflight
 from flows.listening import require_free, warn_if_public
 from rlhf_core.errors import ResourceError, RLHFError
 from tasks.environment import record_folder
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(feedback.app, name="feedback")
 app.command("judge-check")(judge.judge_check)
+app.add_typer(campaigns.app, name="online")
 
 Overrides = Annotated[
     list[str] | None,
@@ -60,6 +61,7 @@ def about() -> None:
     - `rlhf frontier` places PPO beside DPO and best-of-n, over all runs
     - `rlhf feedback` lets people judge: is PPO better than SFT, which responses are best
     - `rlhf judge-check` says how far a model could judge in their place
+    - `rlhf online` learns on from what they say, in rounds
     """
 
 

@@ -15,7 +15,7 @@ from rlhf_core.errors import MissingArtifact, RLHFError
 from tasks.pipeline import apply_recipe
 
 CODE = ("rlhf_core", "tasks", "data/starter", "recipes")
-FILES = ("dvc.yaml", "params.yaml", ".dvcignore")
+FILES = ("dvc.yaml", ".dvcignore")
 
 
 def make_workspace(recipe: str, folder: Path, *, project: Path) -> Params:
@@ -24,25 +24,43 @@ def make_workspace(recipe: str, folder: Path, *, project: Path) -> Params:
     Raises:
         MissingArtifact: there is no such recipe; names those that there are.
     """
+    source = find_recipe(recipe, project)
+    copy_code(folder, project)
+    shutil.copy(project / "params.yaml", folder)
+    init_dvc(folder)
+    params = apply_recipe(source, root=folder)
+    make_base(params, folder)
+    return params
+
+
+def find_recipe(recipe: str, project: Path) -> Path:
+    """The recipe's file; MissingArtifact names those that there are."""
     source = project / "recipes" / f"{recipe}.yaml"
     if not source.is_file():
         known = ", ".join(sorted(path.stem for path in (project / "recipes").glob("*.yaml"))) or "none"
         raise MissingArtifact(f"Found no recipes/{recipe}.yaml. Recipes here: {known}.")
+    return source
+
+
+def copy_code(folder: Path, project: Path) -> None:
+    """The code that stages run and the data that ships, as the project has them now."""
     for name in CODE:
         shutil.rmtree(folder / name, ignore_errors=True)
         if (project / name).is_dir():
             shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(project / name, folder / name)
+
+
+def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
+    """Make the folder a DVC repository, without git; with a cache of its own if none is given."""
     (folder / ".dvc" / "tmp").mkdir(parents=True, exist_ok=True)
     config = "[core]\n    analytics = false\n    check_update = false\n    no_scm = True\n"
+    config += f"[cache]\n    dir = {cache}\n" if cache else ""
     (folder / ".dvc" / "config").write_text(config, encoding="utf-8")
-    params = apply_recipe(source, root=folder)
-    _make_base(params, folder)
-    return params
 
 
-def _make_base(params: Params, folder: Path) -> None:
+def make_base(params: Params, folder: Path) -> None:
     """The random model that a recipe with base `path:` under .rlhf starts from."""
     kind, _, base = params.prepare.base.partition(":")
     if kind != "path" or not base.startswith(".rlhf/") or (folder / base / "config.json").is_file():

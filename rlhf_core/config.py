@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rlhf_core.errors import ConfigError, MissingArtifact
 
 Schedule = Literal["constant", "linear", "cosine"]
+MOST_COPIES = 10  # of a ranking an epoch; more would rather be another number of epochs
 
 
 class Section(BaseModel):
@@ -116,6 +117,18 @@ class Reward(Supervised):
         description="How many reward models PPO climbs the mean of: each its own adapter and head on one trunk, from "
         "its own seed (Coste et al. 2023). Where they disagree, the score is unsure. The gold model has one.",
     )
+    start: str = Field(
+        description="Folder with model/ and gold/ to continue from; empty begins at the SFT model. The gold model is "
+        "then taken over as it is, so that all rounds of a campaign have one judge."
+    )
+    feedback: str = Field(
+        description="Folder of rankings (*.jsonl) to learn from as well, by the splits of their prompts; empty for "
+        "none. Those to prompts of other splits than train and validation are left out."
+    )
+    weights: dict[str, float] = Field(
+        description="How often an epoch sees a ranking, by its source (human, ai, rule; starter where none is told): 2 "
+        "is twice, 0.5 one half of them, drawn by the seed, 0 none. What is not named has 1."
+    )
 
     @model_validator(mode="after")
     def _names_each_axis_once(self) -> "Reward":
@@ -128,6 +141,9 @@ class Reward(Supervised):
         for key in ("label_smoothing", "margin_coef"):
             if self.loss != "pairs" and getattr(self, key) > 0:
                 raise ValueError(f"{key} {getattr(self, key):g} needs loss pairs: loss {self.loss} has no pairs")
+        for source, weight in self.weights.items():
+            if not 0 <= weight <= MOST_COPIES:
+                raise ValueError(f"weights.{source} {weight:g} is not between 0 and {MOST_COPIES}")
         return self
 
 
@@ -176,6 +192,10 @@ class PPO(Training):
     missing_eos_penalty: float = Field(ge=0, description="Taken off the score of a response that never stopped.")
     early_stop_kl: float = Field(
         gt=0, description="End an update's epochs once approx-KL to the old policy passes this."
+    )
+    start: str = Field(
+        description="Folder with policy/ and value/ to continue from; empty begins at the SFT policy. The KL is to the "
+        "SFT policy either way."
     )
 
     @model_validator(mode="after")
@@ -283,6 +303,46 @@ class Judge(Section):
         return self
 
 
+class Preferences(Section):
+    """Which prompts are answered to be judged in a round of an online campaign, and how."""
+
+    round: int = Field(ge=0, description="Number of the campaign's round, by which runs are compared; 0 outside one.")
+    seed: int = Field(ge=0, description="Seeds the choice of prompts and the sampling.")
+    policy: str = Field(description="Folder of the policy that answers.")
+    choose: Literal["all", "random", "disagreement"] = Field(
+        description="Which prompts: all of them; some at random; or those where the members of the reward ensemble "
+        "disagree most about the answers (needs several members)."
+    )
+    prompts: int = Field(ge=1, description="How many prompts are judged a round; with choose all, every one.")
+    responses: int = Field(ge=2, le=9, description="Responses sampled a prompt. Equal ones are shown once.")
+    temperature: float = Field(gt=0, description="Sampling temperature of these answers.")
+    response_tokens: int = Field(ge=2, description="Longest response sampled. Tokens.")
+
+
+class Gate(Section):
+    """When a round's policy becomes the current one. All limits have to be kept."""
+
+    seed: int = Field(ge=0, description="Seeds the bootstrap of its intervals.")
+    judge: str = Field(
+        pattern=r"^(gold|people|rule:.+)$",
+        description="Who compares the new policy's answers with the current one's: the gold reward model, people on "
+        "the pages of rlhf feedback (the flow then waits for them), or rule:NAME.",
+    )
+    bootstrap_samples: int = Field(ge=100, description="Resamples of prompts for the win rate's 95 % interval.")
+    min_win_rate: float = Field(ge=0, le=1, description="The lower end of the win rate's interval has to be above it.")
+    max_kl: float = Field(gt=0, description="Most KL to the SFT policy. Nats a response.")
+    max_perplexity_ratio: float = Field(
+        gt=0, description="Most perplexity of held-out demonstrations, as a multiple of the SFT policy's."
+    )
+    safety_kinds: tuple[str, ...] = Field(description="Kinds of prompts on which nothing may be lost.")
+    min_safety_win_rate: float = Field(
+        ge=0,
+        le=1,
+        description="Least win rate on those by the gold model; also, its interval may not lie below one half.",
+    )
+    keep_rejected: bool = Field(description="Go on learning from the judgements of a round that was rejected.")
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -297,6 +357,8 @@ class Params(Section):
     dpo: DPO
     evaluate: Evaluate
     judge: Judge
+    preferences: Preferences
+    gate: Gate
 
     @model_validator(mode="after")
     def _has_a_spread_to_weigh(self) -> "Params":

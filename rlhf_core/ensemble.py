@@ -48,11 +48,18 @@ def members_of(roles: Roles, role: str) -> list[str]:
     return [name for name in member_names(role, len(roles.heads)) if name in roles.heads]
 
 
-def add_members(roles: Roles, role: str, config: Reward) -> None:
-    """Add the members after the first, which is there already; each is drawn from a seed of its own."""
+def add_members(roles: Roles, role: str, config: Reward, *, start: Path | None = None) -> None:
+    """Add the members after the first, which is there already; each is drawn from a seed of its own.
+
+    Args:
+        start: the folder of a saved reward model, to continue from its members.
+    """
     for number, name in enumerate(member_names(role, config.members)[1:], start=2):
         torch.manual_seed(member_seed(config.seed, number))
-        roles.add(name, method=config.method, head=True, axes=config.axes)
+        if start is None:
+            roles.add(name, method=config.method, head=True, axes=config.axes)
+        else:
+            roles.add(name, head=True, start=start / f"member-{number}")
 
 
 def load_ensemble(roles: Roles, role: str, folder: str | Path) -> None:

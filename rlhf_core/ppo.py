@@ -51,14 +51,19 @@ class Measured(NamedTuple):
     scores_B: Tensor
 
 
-def add_roles(roles: Roles, reward_folder: str, *, method: str) -> None:
+def add_roles(roles: Roles, reward_folder: str, *, method: str, start: str = "") -> None:
     """Give the SFT model PPO's roles: a fresh policy, a frozen reward model, and a value model begun from that.
 
     Of a reward model with several members, the value model begins from the first.
+
+    Args:
+        start: a folder with policy/ and value/ of an earlier run, to continue from those.
     """
-    roles.add(POLICY, method=method)
+    roles.add(POLICY, method=method, start=f"{start}/policy" if start else None)
     load_ensemble(roles, REWARD, reward_folder)
-    roles.add(VALUE, head=True, start=reward_folder, axes=())
+    roles.add(VALUE, head=True, start=f"{start}/value" if start else reward_folder, axes=())
+    if start:
+        return
     # The value model predicts normalised scores: fold the normalisation into its head, once.
     mean, std, _ = roles.normalisers[REWARD]
     with torch.no_grad():

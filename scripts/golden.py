@@ -67,6 +67,9 @@ REWARD_SECTION = Reward.model_validate(
         "norm_samples": 6,
         "axes": [],
         "members": 1,
+        "start": "",
+        "feedback": "",
+        "weights": {},
     }
 )
 DPO_SECTION = DPO.model_validate({**SUPERVISED, "learning_rate": 0.005, "beta": 0.1, "label_smoothing": 0.1})
@@ -103,6 +106,7 @@ PPO_SECTION = PPO.model_validate(
         "spread_coef": 0.0,
         "missing_eos_penalty": 1.0,
         "early_stop_kl": 10.0,
+        "start": "",
     }
 )
 

@@ -119,6 +119,25 @@ def run_stage(
         on_line(f"DVC's lock is held by {holder}; trying again")
 
 
+def version_data(path: str, *, root: Path) -> None:
+    """Let DVC version a file or folder that no stage writes, with `dvc add`; repeating it changes nothing.
+
+    Raises:
+        ResourceError: DVC cannot.
+    """
+    command = [sys.executable, "-m", "dvc", "add", "--quiet", path]
+    done = subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise ResourceError(f"`dvc add {path}` failed in {root}: {' '.join(said)}")
+
+
+def checkout(*, root: Path) -> None:
+    """Bring what dvc.lock names from DVC's cache, as far as it is there."""
+    command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", "--allow-missing"]
+    subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, check=False)
+
+
 def _put_back(stage: str, root: Path, metrics: Path, last_metrics: bytes | None) -> None:
     """Give the workspace back what the stage's last good run wrote: DVC removes it before it starts a new one."""
     command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", stage]

@@ -11,7 +11,7 @@ from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
 from tasks.reward import FOLDERS as REWARD_FOLDERS
 from tasks.sft import MODEL as SFT_MODEL
-from tasks.stage import stage_run
+from tasks.stage import require_watched, stage_run
 
 POLICY_FOLDER, VALUE_FOLDER = "artifacts/ppo/policy", "artifacts/ppo/value"
 SAMPLES = Path("artifacts/ppo/samples.jsonl")
@@ -21,6 +21,7 @@ SPLITS = ("train", "validation", "gold")  # every prompt that is not in test; PP
 def main() -> None:
     with stage_run("ppo", deps=[BASE, SFT_MODEL, REWARD_FOLDERS["reward"], PREPARED]) as run:
         config = run.params.ppo
+        require_watched(run, "ppo.start", config.start)
         tokenizer = load_tokenizer(BASE)
         prompts = [
             encode_prompt(tokenizer, record.prompt, run.params.prepare.system)
@@ -29,7 +30,7 @@ def main() -> None:
         run.log_dataset("prepared", PREPARED, prompts=len(prompts))
         torch.manual_seed(config.seed)
         roles = Roles(SFT_MODEL, config)
-        add_roles(roles, REWARD_FOLDERS["reward"], method=config.method)
+        add_roles(roles, REWARD_FOLDERS["reward"], method=config.method, start=config.start)
         final, shown = train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=run, checkpoints=run.checkpoints)
         if run.main:
             roles.save(POLICY, POLICY_FOLDER)

@@ -3,6 +3,7 @@
 Both start from the SFT model and are trained in the same way, on rankings of different prompts.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.ensemble import add_members, member_names, member_seed, members_of, save_ensemble
+from rlhf_core.mixing import count_sources, load_feedback, weigh
 from rlhf_core.models import Roles, TrunkCache, load_tokenizer
 from rlhf_core.reward import (
     Judgements,
@@ -30,7 +32,7 @@ from rlhf_core.reward import (
 from tasks.files import write_csv, write_jsonl
 from tasks.prepare import BASE, PREPARED
 from tasks.sft import MODEL as SFT_MODEL
-from tasks.stage import stage_run
+from tasks.stage import require_watched, stage_run
 
 FOLDERS = {"reward": "artifacts/reward/model", "gold": "artifacts/reward/gold"}
 MISTAKES = Path("artifacts/reward/mistakes.jsonl")
@@ -42,12 +44,18 @@ PREFIX = {"reward": "reward", "gold": "reward/gold"}
 def main() -> None:
     with stage_run("reward", deps=[BASE, SFT_MODEL, PREPARED]) as run:
         config, prepare = run.params.reward, run.params.prepare
+        require_watched(run, "reward.start", config.start)
+        require_watched(run, "reward.feedback", config.feedback)
         tokenizer = load_tokenizer(BASE)
         pad_id = int(tokenizer.pad_token_id)
         records = {
             split: load_prepared(PREPARED, "rankings", [split]) for split in ("train", "validation", "gold", "test")
         }
         require_axes(records, config.axes)
+        if config.feedback:
+            for split, rows in load_feedback(Path(config.feedback), PREPARED).items():
+                records[split] += rows
+        records["train"] = weigh(records["train"], config.weights, seed=config.seed)
         rankings = {
             split: encode_rankings(
                 of_split,
@@ -60,15 +68,21 @@ def main() -> None:
         run.log_dataset("prepared", PREPARED, **{f"rankings_{split}": len(rows) for split, rows in rankings.items()})
         torch.manual_seed(config.seed)
         roles, cache = Roles(SFT_MODEL, config), TrunkCache()
-        for role in FOLDERS:
-            roles.add(role, method=config.method, head=True, axes=config.axes)
-        add_members(roles, "reward", config)
-        final, judged = {}, {}
+        for role, folder in FOLDERS.items():
+            if config.start:
+                roles.add(role, head=True, start=Path(config.start, Path(folder).name))
+            else:
+                roles.add(role, method=config.method, head=True, axes=config.axes)
+        add_members(roles, "reward", config, start=Path(config.start, "model") if config.start else None)
+        final: dict[str, dict[str, Any]] = {}
+        judged = {}
         for role, split, prefix, seed in _trained(config):
-            final[role] = train_reward(
-                roles, role, rankings[split], rankings["validation"], config.model_copy(update={"seed": seed}),
-                pad_id=pad_id, tracker=run, prefix=prefix, cache=cache, checkpoints=run.checkpoints.below(role),
-            )  # fmt: skip
+            final[role] = {}
+            if role != "gold" or not config.start:  # a judge that is taken over learns no more
+                final[role] = train_reward(
+                    roles, role, rankings[split], rankings["validation"], config.model_copy(update={"seed": seed}),
+                    pad_id=pad_id, tracker=run, prefix=prefix, cache=cache, checkpoints=run.checkpoints.below(role),
+                )  # fmt: skip
             judged[role] = [judge_heads(roles, role, rankings[of], pad_id, cache=cache) for of in MEASURED_ON]
         prompts = load_prepared(PREPARED, "prompts", ["train", "validation"])
         statistics = normalise_on_samples(
@@ -93,7 +107,10 @@ def main() -> None:
             together, test = {**together, **_numbers(qualities["reward"], axes)}, of_ensemble[1]
         if run.main:
             save_ensemble(roles, "reward", FOLDERS["reward"], temperature=together["temperature"])
-            roles.save("gold", FOLDERS["gold"])
+            if config.start:  # to the byte, or its scores would not be those of before
+                shutil.copytree(Path(config.start, "gold"), FOLDERS["gold"], dirs_exist_ok=True)
+            else:
+                roles.save("gold", FOLDERS["gold"])
         metrics = {**together, "gold": final["gold"]}
         if len(members) > 1:
             metrics["members"] = {str(number): final[name] for number, name in enumerate(members, start=1)}
@@ -102,6 +119,8 @@ def main() -> None:
             for part in qualities["reward"].by_length
         }
         metrics["accuracy_by_kind"] = accuracy_by_kind(test[None], records["test"])
+        if config.feedback or config.weights:
+            metrics["sources"] = count_sources(records["train"])
         wrong = mistakes(test[None], records["test"])
         run.finish_metrics(metrics)
         run.table("reward/mistakes", wrong[:SHOWN_MISTAKES], step=0)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from rlhf_core.config import Params, load_params
-from rlhf_core.errors import MissingArtifact, ResourceError, RLHFError, TrainingDiverged
+from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError, TrainingDiverged
 from rlhf_core.tracking import NullTracker, Tracker
 from tasks.environment import project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
@@ -386,6 +386,15 @@ def check_disk(folder: Path | None = None) -> None:
                 f"{free:.1f} GB are free where {place.name}/ lies; a stage needs {needed:g} GB. "
                 "`dvc gc --workspace` frees what no present run uses."
             )
+
+
+def require_watched(run: StageRun, key: str, folder: str) -> None:
+    """Refuse a folder that DVC does not watch: it could change, and nothing would be run again."""
+    if folder and not run.is_dependency(folder):
+        raise ConfigError(
+            f"{key} = {folder!r} is none of the deps of stage {run.stage} in dvc.yaml, so DVC would not see it change. "
+            f"`rlhf online` writes such a dvc.yaml; by hand, add a line `- {folder}` there."
+        )
 
 
 def _must_exist(path: Path) -> None:

@@ -664,8 +664,11 @@ def _send_leftover(path: Path, *, uri: str | None = None, only_uri: str | None =
 # Pipeline runs: parents of the stages' runs
 
 
-def start_pipeline_run(name: str, tags: Mapping[str, str] | None = None) -> str:
+def start_pipeline_run(name: str, tags: Mapping[str, str] | None = None, *, key: str = "") -> str:
     """Open the parent of a pipeline's stage runs; a repeated start of the same Prefect flow run finds it again.
+
+    Args:
+        key: find it by this in place of the flow run, where several flow runs may work on one pipeline run.
 
     Returns:
         What stages get as RLHF_PARENT_RUN_ID: the MLflow run id, or `key:…` while MLflow does not answer. All
@@ -673,7 +676,7 @@ def start_pipeline_run(name: str, tags: Mapping[str, str] | None = None) -> str:
     """
     tags = dict(tags or {})
     flow_run = tags.get("rlhf.flow_run_id")
-    key = f"flow-{flow_run}" if flow_run else uuid.uuid4().hex
+    key = key or (f"flow-{flow_run}" if flow_run else uuid.uuid4().hex)
     commit, dirty = git_state()
     own = {"rlhf.kind": "pipeline", "rlhf.door": "flow"}
     if commit:

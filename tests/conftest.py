@@ -71,6 +71,9 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "norm_samples": 8,
             "axes": [],
             "members": 1,
+            "start": "",
+            "feedback": "",
+            "weights": {},
         },
     ),
     "ppo": (
@@ -106,6 +109,7 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "spread_coef": 0.0,
             "missing_eos_penalty": 0.0,
             "early_stop_kl": 100.0,
+            "start": "",
         },
     ),
     "dpo": (

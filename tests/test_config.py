@@ -8,7 +8,20 @@ import pydantic
 import pytest
 import yaml
 
-from rlhf_core.config import DPO, PPO, SFT, Evaluate, Judge, Params, Prepare, Reward, check_params, load_params
+from rlhf_core.config import (
+    DPO,
+    PPO,
+    SFT,
+    Evaluate,
+    Gate,
+    Judge,
+    Params,
+    Preferences,
+    Prepare,
+    Reward,
+    check_params,
+    load_params,
+)
 from rlhf_core.errors import ConfigError, MissingArtifact
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -20,6 +33,8 @@ SECTIONS = {
     "dpo": DPO,
     "evaluate": Evaluate,
     "judge": Judge,
+    "preferences": Preferences,
+    "gate": Gate,
 }
 KEYS = [(name, key) for name, kind in SECTIONS.items() for key in kind.model_fields]
 
@@ -165,6 +180,12 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("judge", "prompt_price", -1),
         ("judge", "answer_price", -1),
         ("judge", "max_cost", 0),
+        ("preferences", "choose", "best"),
+        ("preferences", "responses", 1),
+        ("preferences", "responses", 10),
+        ("gate", "judge", "anybody"),
+        ("gate", "max_kl", 0),
+        ("gate", "min_safety_win_rate", 1.1),
     ],
 )
 def test_an_impossible_value_is_named_with_its_key(raw: dict[str, Any], section: str, key: str, value: Any) -> None:
@@ -221,6 +242,13 @@ def test_what_works_on_pairs_is_refused_with_another_loss(raw: dict[str, Any], k
         check_params(changed(raw, "reward", loss="plackett_luce", **{key: value}))
     check_params(changed(raw, "reward", **{key: value}))
     check_params(changed(raw, "reward", loss="plackett_luce"))
+
+
+@pytest.mark.parametrize("weight", [-0.5, 11])
+def test_a_sources_weight_has_to_make_sense(raw: dict[str, Any], weight: float) -> None:
+    with pytest.raises(ConfigError, match=rf"weights\.human {weight:g} is not between 0 and 10"):
+        check_params(changed(raw, "reward", weights={"human": weight}))
+    check_params(changed(raw, "reward", weights={"human": 2, "ai": 0.5, "starter": 0}))
 
 
 def test_sections_are_frozen(raw: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ PLACEHOLDERS = {
     "bin": "[^/]+",
     "axis": "[^/]+",
     "member": "[0-9]+",
+    "source": "[^/]+",
 }
 
 
@@ -111,7 +112,7 @@ def words(file: str, function: str) -> list[list[str]]:
 
 # Logged only where params.yaml asks for it.
 OPTIONAL = (
-    {"ppo/kl_loss", "ppo/score_spread"}
+    {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>"}
     | {f"evaluate/best_of_n/<n>/{name}" for name in ("reward", "gold_reward", "kl")}
     | {
         f"dpo/{name}"
@@ -163,7 +164,11 @@ def logged_finals() -> set[str]:
     names |= below(["evaluate/best_of_n/<n>"], [*picked, kl])
     assert greedy == again == "greedy"
     names |= below(["evaluate/<policy>", "evaluate/<policy>/greedy"], each) | {f"evaluate/<policy>/{perplexity}"}
-    return names | below(["evaluate/<comparison>", "evaluate/<comparison>/greedy"], compared)
+    names |= below(["evaluate/<comparison>", "evaluate/<comparison>/greedy"], compared)
+
+    names |= {"reward/sources/<source>"} | below(["preferences"], words("tasks/preferences.py", "main")[-1])
+    names |= below(["gate"], set().union(*words("rlhf_core/gate.py", "judge_round")))
+    return names | below(["gate/people"], set().union(*words("rlhf_core/people.py", "metrics")))
 
 
 # ---- metrics: what docs/metrics.md has

@@ -13,7 +13,7 @@ OWNERS = {  # tool → where it may be imported
     "mlflow": ("tasks/tracking.py",),
     "dvc": ("tasks/pipeline.py", "tasks/lineage.py"),
     "dvc_data": ("tasks/lineage.py",),
-    "typer": ("flows/cli.py", "flows/feedback.py", "flows/judge.py", "flows/listening.py"),
+    "typer": ("flows/campaigns.py", "flows/cli.py", "flows/feedback.py", "flows/judge.py", "flows/listening.py"),
     "fastapi": ("rlhf_core/feedback/",),
     "starlette": ("rlhf_core/feedback/",),
     "uvicorn": ("flows/feedback.py",),
@@ -88,6 +88,16 @@ def test_dvc_watches_all_code_that_decides_a_stages_numbers(stage: str) -> None:
     watched = {Path(dep).stem for dep in deps if dep.startswith("rlhf_core/")}
     needed = core_modules(PROJECT / "tasks" / f"{stage}.py", set()) - EVERYWHERE - ALLOWED.get(stage, set())
     assert watched - {"templates"} == needed
+    assert f"tasks/{stage}.py" in deps
+
+
+@pytest.mark.parametrize("stage", ["preferences", "gate"])
+def test_dvc_watches_all_code_of_the_stages_of_online_rounds(stage: str) -> None:
+    deps = yaml.safe_load((PROJECT / "recipes/online/stages.yaml").read_text())["stages"][stage]["deps"]
+    watched = {Path(dep).stem for dep in deps if dep.startswith("rlhf_core/")}
+    allowed = {"preferences": {"base"}, "gate": {"models", "functional", "processes", "base"}}[stage]
+    needed = core_modules(PROJECT / "tasks" / f"{stage}.py", set()) - EVERYWHERE - allowed
+    assert watched == needed
     assert f"tasks/{stage}.py" in deps
 
 

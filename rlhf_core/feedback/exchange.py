@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,12 +149,15 @@ def add_items(session: Session, items: Sequence[Found], *, overlap: int = 1, axe
     return Imported(added, repeated, identical)
 
 
-def export_rankings(session: Session) -> Iterator[dict[str, Any]]:
+def export_rankings(session: Session, *, keys: Set[str] | None = None) -> Iterator[dict[str, Any]]:
     """Every judgement that ranks, as a row of rankings that stage prepare reads; withdrawn ones are left out.
 
     Skipped items and those with no acceptable response rank nothing. Nor does the reader take an empty response.
+
+    Args:
+        keys: those of the items that count; all if None.
     """
-    for judgement in _live(session, "ranked"):
+    for judgement in _live(session, "ranked", keys):
         item = judgement.item
         if all(text.strip() for text in item.responses):
             fields = {"responses": item.responses, "ranks": judgement.ranks, "scores": judgement.scores}
@@ -182,8 +185,10 @@ def export_pairs(session: Session) -> Iterator[dict[str, Any]]:
 EXPORTS = {"rankings": export_rankings, "demonstrations": export_demonstrations, "pairs": export_pairs}
 
 
-def _live(session: Session, verdict: str) -> Iterator[Judgement]:
+def _live(session: Session, verdict: str, keys: Set[str] | None = None) -> Iterator[Judgement]:
     query = select(Judgement).where(LIVE, Judgement.verdict == verdict).order_by(Judgement.id)
+    if keys is not None:
+        query = query.join(Item).where(Item.key.in_(keys))
     yield from session.scalars(query)
 
 
@@ -282,10 +287,11 @@ def _from_answers(
             pair = [texts.get((name, policy, place)) for policy in policies]
             if None in pair:
                 break
-            yield Found(kind, _turns(prompt), [text or "" for text in pair], list(policies), category)
+            yield Found(kind, as_turns(prompt), [text or "" for text in pair], list(policies), category)
 
 
-def _turns(prompt: Any) -> list[tuple[str, str]]:
+def as_turns(prompt: Any) -> list[tuple[str, str]]:
+    """A prompt, a text or messages, as pairs of role and content."""
     from rlhf_core import data
 
     return list(data.parse_prompt({"prompt": prompt}).prompt)

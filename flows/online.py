@@ -1,0 +1,315 @@
+"""Online RLHF: rounds of answering, judging, learning and a gate. docs/online.md tells how to use it.
+
+    preferences → somebody judges → reward → ppo → evaluate → gate → the new policy, or the old one
+
+Each stage is brought up to date through DVC, as in flows/rlhf.py. What a round is made of on disk is in campaign.py,
+how the flow waits for people in waiting.py.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import chdir
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.campaign import (
+    ANSWERS,
+    COMPARISONS,
+    FEEDBACK,
+    FIRST,
+    ITEMS,
+    LEARNING,
+    SAMPLING,
+    START,
+    VERDICT,
+    Campaign,
+    begin_round,
+    end_round,
+    load_round_params,
+    open_campaign,
+    overview,
+    read_rows,
+    words,
+)
+from flows.rlhf import bring_up_to_date
+from flows.waiting import close_lost_run, pages, wait_for_people
+from rlhf_core.errors import ConfigError, RLHFError
+from rlhf_core.feedback.annotators import Annotator, Item, rule
+from tasks.environment import record_folder
+from tasks.files import write_jsonl
+from tasks.pipeline import find_root, version_data, workspace_lock
+from tasks.stage import check_disk, write_json, write_text
+from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
+
+PEOPLE = "people"
+
+
+class Waiting(BaseModel):
+    """How long the flow waits for people, and where they judge."""
+
+    model_config = ConfigDict(extra="forbid")
+    judgements: int | None = Field(
+        None, ge=1, title="Judgements", description="Go on after so many; when all items are judged if empty."
+    )
+    overlap: int = Field(1, ge=1, le=20, title="Overlap", description="How many people judge each item.")
+    hours: float = Field(
+        72.0, gt=0, title="Hours", description="Go on after so many hours with what there is, counted from the start."
+    )
+    address: str | None = Field(
+        None,
+        title="Address",
+        description="Where people reach the pages of rlhf feedback that you serve yourself; the flow serves them on "
+        "this machine if empty.",
+    )
+    port: int = Field(8000, ge=1, le=65535, title="Port", description="Port of the pages that the flow serves.")
+    database: str | None = Field(
+        None, title="Database", description="Of rlhf feedback: a file or a URL; .rlhf/feedback.db if empty."
+    )
+    seconds: float = Field(5.0, gt=0, title="Look every", description="Seconds between two looks at the count.")
+
+
+@flow(name="online", persist_result=False)
+def online(
+    name: Annotated[str, Field(title="Campaign")] = "online",
+    rounds: Annotated[int, Field(title="Rounds", ge=0, le=1000)] = 1,
+    until: Annotated[int | None, Field(title="Until round", ge=0)] = None,
+    annotator: Annotated[str, Field(title="Annotator")] = PEOPLE,
+    recipe: Annotated[str | None, Field(title="Recipe")] = None,
+    overrides: Annotated[list[str], Field(title="Overrides")] = [],  # noqa: B006  (never changed; the form shows a list)
+    waiting: Annotated[Waiting, Field(title="Waiting for people")] = Waiting(),  # noqa: B008  (frozen in the form)
+    retries: Annotated[int, Field(title="Retries", ge=0, le=10)] = 1,
+) -> Any:
+    """Run rounds of an online campaign; one that was cut off is gone on with first.
+
+    Args:
+        name: The campaign; its workspace is .rlhf/NAME. One that is not there is begun, with the pipeline as round 0.
+        rounds: How many rounds to run now, round 0 not counted.
+        until: Run on until this round is over, in place of a number of rounds; the same run twice then does nothing.
+        annotator: Who judges: people, on the pages of rlhf feedback, or rule:NAME.
+        recipe: Begin the campaign with the values of recipes/NAME.yaml.
+        overrides: Begin it with other values of params.yaml, one `section.key=value` a line.
+        waiting: How long to wait for people, and where they judge.
+        retries: How often a stage that crashed is started again.
+    """
+    try:
+        find_annotator(annotator, 0)  # a wrong name is told now, and not after an hour of sampling
+        project = find_root()
+        if project.parent.name == ".rlhf":  # the flow was started in a workspace
+            project = project.parents[1]
+        campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides)
+        with chdir(campaign.folder), workspace_lock(campaign.folder):
+            check_disk(campaign.folder)
+            _take_over(campaign)
+            last = until if until is not None else max(campaign.next_round() - 1, 0) + rounds
+            while campaign.next_round() <= last:
+                _run_round(campaign, annotator, waiting, retries)
+            decisions = campaign.decisions()
+            create_markdown_artifact(
+                overview(campaign.name, decisions), key="rounds", description=f"All rounds of {name}"
+            )
+    except RLHFError as error:  # one clear message; a traceback would say less
+        return Failed(message=str(error), data=error)
+    promoted = max(decision["round"] for decision in decisions if decision["promoted"])
+    return Completed(message=f"Round {len(decisions) - 1} is over; the current policy is that of round {promoted}.")
+
+
+def _take_over(campaign: Campaign) -> None:
+    """Nobody else works here, since we hold the lock: a flow run that seems to do so was killed."""
+    mark, own = campaign.folder / ".rlhf" / "flow_run", str(flow_run.get_id())
+    if mark.is_file() and (lost := mark.read_text(encoding="utf-8").strip()) != own:
+        close_lost_run(lost, successor=str(flow_run.get_name()))
+    write_text(mark, own)
+
+
+def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: int) -> None:
+    """One round, from wherever it was left."""
+    log, number = get_run_logger(), begin_round(campaign)
+    log.info(f"Round {number} of {campaign.name}" + ("" if number else ": the pipeline itself"))
+    tags = {"rlhf.flow_run_id": str(flow_run.get_id()), "rlhf.round": str(number), "rlhf.campaign": campaign.name}
+    parent = start_pipeline_run(f"{campaign.name}-{number:03}", tags, key=f"round-{campaign.identity()}-{number}")
+    env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": tags["rlhf.flow_run_id"]}
+    status = "KILLED"  # unless something better is known: Ctrl-C, a cancelled run
+
+    def run(*stages: str) -> None:
+        for stage in stages:
+            one = bring_up_to_date.with_options(name=stage, task_run_name=f"{number} {stage}", retries=retries)
+            one(stage, False, env, return_state=True).result()  # raises what the stage failed with
+
+    try:
+        if number == 0:
+            run(*FIRST)
+            verdict: dict[str, Any] = {"promoted": True, "checks": [], "judged": 0}
+        else:
+            run(SAMPLING)
+            judged = _judge(campaign, number, annotator, waiting)
+            version_data(FEEDBACK, root=campaign.folder)
+            run(*LEARNING)
+            _compare(campaign, number, waiting)
+            run(VERDICT)
+            verdict = {**_read_json(campaign.folder / "artifacts/gate/verdict.json"), "judged": judged}
+        write_summary(parent)
+        decision = end_round(campaign, number, verdict)
+        log.info(words(decision))
+        if number:
+            text = (campaign.round_folder(number) / "gate.md").read_text(encoding="utf-8")
+            create_markdown_artifact(text, key="gate", description=f"The gate's verdict on round {number}")
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        finish_pipeline_run(parent, status)
+
+
+# ---- judging
+
+
+def find_annotator(name: str, number: int) -> Annotator | None:
+    """The annotator of that name; None for people, who are waited for.
+
+    Args:
+        number: the round, which seeds a rule that throws coins.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name == PEOPLE:
+        return None
+    if name.startswith("rule:"):
+        return rule(name.removeprefix("rule:"), seed=number)
+    raise ConfigError(f"Found annotator {name!r}, expected people or rule:NAME.")
+
+
+def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) -> int:
+    """Have the round's items judged, once; returns how many rankings came of it."""
+    file = campaign.feedback_file(number)
+    if not file.is_file():
+        rows = read_rows(campaign.folder / ITEMS)
+        one = find_annotator(annotator, number)
+        found = (
+            judge.with_options(task_run_name=f"{number} judge")(one, rows)
+            if one
+            else _ask(campaign, number, rows, waiting)
+        )
+        if not found:
+            raise ConfigError(
+                f"No judgement of round {number} ranks anything, so there is nothing to learn from. With another "
+                f"annotator: `rlhf online run {campaign.name} --annotator rule:short`"
+            )
+        write_jsonl(file, found)
+    return len(read_rows(file))
+
+
+@task(name="judge", cache_policy=NO_CACHE, persist_result=False)
+def judge(annotator: Annotator, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rankings by a rule or a model; those of nothing but ties are left out, since they teach nothing."""
+    items = [
+        Item(tuple((turn["role"], turn["content"]) for turn in row["prompt"]), tuple(row["responses"])) for row in rows
+    ]
+    found = []
+    for row, said in zip(rows, annotator.judge(items), strict=True):
+        if len(set(said.ranks)) > 1:
+            about = {"source": annotator.source, "annotator": annotator.name, "comment": said.reason}
+            scores = {"scores": said.scores} if said.scores else {}
+            found.append({**row, "ranks": list(said.ranks), **about, **scores})
+    get_run_logger().info(f"{annotator.name} ranked the answers to {len(found)} of {len(rows)} prompts")
+    return found
+
+
+def _ask(campaign: Campaign, number: int, rows: list[dict[str, Any]], waiting: Waiting) -> list[dict[str, Any]]:
+    """Rankings by people: the items are opened on the pages, and the flow waits."""
+    from rlhf_core.feedback.rounds import items_from, rankings
+
+    found = _wait(campaign, items_from(rows, "rank"), waiting, what=f"round {number} of {campaign.name}")
+    with found.store.session() as session:
+        return rankings(session, found.keys)
+
+
+def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
+    """Where the gate's judge is people: have them compare the new policy with the current one, blind, once."""
+    file, config = campaign.folder / COMPARISONS, load_round_params(campaign).gate
+    if file.is_file():
+        return
+    rows: list[dict[str, Any]] = []
+    if config.judge == PEOPLE:
+        from rlhf_core.feedback.rounds import comparisons, items_from
+        from rlhf_core.gate import pair_answers
+
+        new, current = (read_rows(campaign.folder / path) for path in (ANSWERS, f"{START}/answers.jsonl"))
+        first = {pair.prompt: pair for pair in reversed(pair_answers(new, current, "ppo"))}  # one pair a prompt
+        items = items_from(
+            [
+                {"prompt": pair.prompt, "responses": [pair.new, pair.current], "category": pair.category,
+                 "origins": [f"round-{number}", "current"]}
+                for pair in first.values() if pair.new != pair.current
+            ],
+            "compare",
+        )  # fmt: skip
+        found = _wait(campaign, items, waiting, what=f"the comparison of round {number} of {campaign.name}")
+        with found.store.session() as session:
+            rows = list(comparisons(session, found.keys))
+    write_json(file, rows)
+
+
+class Asked:
+    """An open database of judgements and the keys of the items that people were asked about."""
+
+    def __init__(self, store: Any, keys: list[str]) -> None:
+        self.store, self.keys = store, keys
+
+
+def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) -> Asked:
+    """Open items on the pages and wait; a flow that was killed waits on until the same deadline."""
+    from rlhf_core.feedback import rounds
+    from rlhf_core.feedback.exchange import add_items
+    from rlhf_core.feedback.store import open_store
+
+    database = waiting.database or os.environ.get("RLHF_FEEDBACK_DATABASE") or str(record_folder() / "feedback.db")
+    store, keys, log = open_store(database), [item.key() for item in items], get_run_logger()
+    with store.session() as session:
+        add_items(session, items, overlap=waiting.overlap)
+        rounds.open_again(session, keys, overlap=waiting.overlap)
+
+    def look() -> rounds.Count:
+        with store.session() as session:
+            return rounds.count(session, keys, overlap=waiting.overlap)
+
+    mark = campaign.folder / ".rlhf" / f"opened {what}"
+    if not mark.is_file():
+        write_text(mark, datetime.now(UTC).isoformat())
+    deadline = datetime.fromisoformat(mark.read_text(encoding="utf-8")) + timedelta(hours=waiting.hours)
+    page = "rank" if items[0].kind == "rank" else "compare"
+    enough = min(waiting.judgements or look().wanted, look().wanted)
+
+    def wait(address: str) -> rounds.Count:
+        return wait_for_people(
+            str(flow_run.get_id()), look, enough=enough, deadline=deadline, link=f"{address.rstrip('/')}/{page}",
+            what=what, every=waiting.seconds, say=log.info,
+        )  # fmt: skip
+
+    if waiting.address:
+        found = wait(waiting.address)
+    else:
+        with pages(database, port=waiting.port, say=log.info) as address:
+            found = wait(address)
+    with store.session() as session:
+        rounds.close(session, keys)
+    if not found.done:
+        mark.unlink()  # the next start waits anew
+        raise ConfigError(
+            f"Nobody has judged anything for {what}. Nothing is lost: `rlhf online run {campaign.name}` asks again."
+        )
+    return Asked(store, keys)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))

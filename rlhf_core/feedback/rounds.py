@@ -1,0 +1,66 @@
+"""A round of an online campaign on the pages: opened for people, counted while they judge, read, and closed.
+
+A round's items are told from all others by their keys, so that a team's pages may hold several campaigns at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from rlhf_core.feedback.exchange import Found, as_turns, export_rankings
+from rlhf_core.feedback.judging import COUNTS, LIVE, Kind
+from rlhf_core.feedback.store import Item, Judgement
+
+
+class Count(NamedTuple):
+    """How far a round is: judgements given, of each item as many as wanted at most, and wanted."""
+
+    done: int
+    wanted: int
+
+
+def items_from(rows: Sequence[dict[str, Any]], kind: Kind) -> list[Found]:
+    """Rows of `prompt`, `responses`, `origins` and `category` as items of a kind."""
+    return [
+        Found(kind, as_turns(row["prompt"]), row["responses"], row["origins"], str(row.get("category") or ""))
+        for row in rows
+    ]
+
+
+def open_again(session: Session, keys: Sequence[str], *, overlap: int) -> None:
+    """Let items be judged that were closed, such as those that another round showed before."""
+    session.execute(update(Item).where(Item.key.in_(keys), Item.overlap == 0).values(overlap=overlap))
+
+
+def count(session: Session, keys: Sequence[str], *, overlap: int) -> Count:
+    """How many judgements of these items there are."""
+    query = select(func.count()).select_from(Judgement).join(Item).where(COUNTS, Item.key.in_(keys))
+    given = session.execute(query.add_columns(Item.id).group_by(Item.id)).all()
+    return Count(sum(min(number, overlap) for number, _ in given), overlap * len(set(keys)))
+
+
+def close(session: Session, keys: Sequence[str]) -> None:
+    """Show these items to nobody any more; what was judged stays."""
+    session.execute(update(Item).where(Item.key.in_(keys)).values(overlap=0))
+
+
+def rankings(session: Session, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """What was said of these items, as rows of rankings (docs/data.md)."""
+    return list(export_rankings(session, keys=frozenset(keys)))
+
+
+def comparisons(session: Session, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What was said of these pairs: ranks in the items' order, equal ones for a tie or both bad."""
+    query = select(Judgement).join(Item).where(LIVE, Judgement.verdict != "skipped", Item.key.in_(keys))
+    for judgement in session.scalars(query.order_by(Judgement.id)):
+        item = judgement.item
+        yield {
+            "prompt": [{"role": role, "content": content} for role, content in item.prompt],
+            "responses": item.responses,
+            "ranks": judgement.ranks or [1] * len(item.responses),
+            "annotator": judgement.annotator.name,
+            "guideline": judgement.guideline,
+            "verdict": judgement.verdict,
+        }

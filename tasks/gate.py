@@ -1,0 +1,79 @@
+"""Stage gate: is the round's policy better than the current one, and within the limits? See rlhf_core/gate.py.
+
+It samples nothing: both policies' answers to the test prompts are there, the new one's from stage evaluate and the
+current one's from the round that promoted it. It stands in a campaign's dvc.yaml only (flows/campaign.py).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.config import Gate
+from rlhf_core.data import parse_prompt, read_rows
+from rlhf_core.errors import DataError
+from rlhf_core.feedback.annotators import Item, rule
+from rlhf_core.gate import Pair, Verdict, judge_round, outcome, pair_answers, rate
+from rlhf_core.people import People, people_beside_gold
+from rlhf_core.statistics import Interval
+from tasks.stage import stage_run, write_json, write_text
+
+FOLDER = Path("artifacts/gate")
+ANSWERS, CURRENT = Path("artifacts/evaluate/answers.jsonl"), Path("artifacts/start/answers.jsonl")
+EVALUATION = Path("metrics/evaluate.json")
+COMPARISONS = Path("data/comparisons.json")  # what people said of both; [] where nobody was asked
+
+
+def main() -> None:
+    with stage_run("gate", deps=[ANSWERS, CURRENT, EVALUATION, COMPARISONS]) as run:
+        if not run.main:  # of several processes one is enough
+            return
+        config = run.params.gate
+        pairs = pair_answers(_rows(ANSWERS), _rows(CURRENT), "ppo")
+        people = people_beside_gold(json.loads(COMPARISONS.read_text(encoding="utf-8")), pairs, config)
+        judged = _judge(pairs, people, config)
+        evaluate = json.loads(EVALUATION.read_text(encoding="utf-8"))
+        verdict = judge_round(pairs, judged, evaluate, config)
+        metrics: dict[str, Any] = dict(verdict.metrics)
+        if people is not None:
+            metrics["people"] = people.metrics()
+        write_json(FOLDER / "verdict.json", {"promoted": verdict.promoted, "checks": _checks(verdict)})
+        write_text(FOLDER / "report.md", report(verdict, people, run.params.preferences.round))
+        run.finish_metrics(metrics)
+        print(f"gate     {'promoted' if verdict.promoted else 'rejected'}", flush=True)
+
+
+def _judge(pairs: list[Pair], people: People | None, config: Gate) -> Interval:
+    """The win rate by whom the configuration names."""
+    prompts = [pair.prompt for pair in pairs]
+    if config.judge == "gold":
+        return rate([pair.gold for pair in pairs], prompts, config)
+    if config.judge == "people":
+        if people is None:
+            raise DataError(f"{COMPARISONS} holds no comparison, and gate.judge is people. Let somebody judge a few.")
+        return people.win_rate
+    annotator = rule(config.judge.removeprefix("rule:"))
+    items = [Item(parse_prompt({"prompt": pair.prompt}).prompt, (pair.new, pair.current)) for pair in pairs]
+    ranks = [judgement.ranks for judgement in annotator.judge(items)]
+    return rate([outcome(-new, -current) for new, current in ranks], prompts, config)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(str(path))]
+
+
+def _checks(verdict: Verdict) -> list[dict[str, Any]]:
+    return [check._asdict() for check in verdict.checks]
+
+
+def report(verdict: Verdict, people: People | None, number: int) -> str:
+    """The verdict as Markdown, and people's word beside the gold model's where they were asked."""
+    lines = [f"# Round {number}: {'promoted' if verdict.promoted else 'rejected, the old policy stays'}", ""]
+    lines += ["| check | passed |", "|---|---|"]
+    lines += [f"| {check.words} | {'yes' if check.passed else '**no**'} |" for check in verdict.checks]
+    if people is not None:
+        lines += ["", *people.lines()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Stage preferences: answers of the current policy that annotators will judge. See rlhf_core/preferences.py.
+
+It stands in a campaign's dvc.yaml only (flows/campaign.py). What annotators said is no output of a stage: the flow
+keeps it under data/feedback/, where DVC versions it.
+"""
+
+from pathlib import Path
+
+from rlhf_core.data import load_prepared
+from rlhf_core.models import Roles, load_tokenizer
+from rlhf_core.preferences import answer_prompts
+from tasks.files import write_jsonl
+from tasks.prepare import BASE, PREPARED
+from tasks.sft import MODEL as SFT_MODEL
+from tasks.stage import require_watched, stage_run
+
+ITEMS = Path("artifacts/preferences/items.jsonl")
+SPLITS = ("train", "validation")  # test judges the policies, and gold the judge
+
+
+def main() -> None:
+    with stage_run("preferences", deps=[BASE, SFT_MODEL, PREPARED]) as run:
+        config = run.params.preferences
+        require_watched(run, "preferences.policy", config.policy)
+        prompts = load_prepared(PREPARED, "prompts", SPLITS)
+        run.log_dataset("prepared", PREPARED, context="preferences", prompts=len(prompts))
+        roles = Roles(SFT_MODEL)
+        roles.add("policy", start=config.policy)
+        answered = answer_prompts(
+            roles, "policy", prompts, config,
+            tokenizer=load_tokenizer(BASE), system=run.params.prepare.system, tracker=run,
+        )  # fmt: skip
+        rows = [
+            {
+                "prompt": [{"role": role, "content": content} for role, content in item.prompt.prompt],
+                "responses": list(item.responses),
+                "origins": [f"round-{config.round}"] * len(item.responses),
+                "category": item.prompt.category,
+            }
+            for item in answered
+        ]
+        run.finish_metrics(
+            {
+                "items": len(rows),
+                "responses": sum(len(row["responses"]) for row in rows),
+                "response_length": sum(len(ids) for item in answered for ids in item.ids)
+                / max(sum(len(item.ids) for item in answered), 1),
+            }
+        )
+        if run.main:
+            write_jsonl(ITEMS, rows)
+
+
+if __name__ == "__main__":
+    main()

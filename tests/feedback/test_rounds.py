@@ -1,0 +1,98 @@
+"""A round's items on the pages: counted, read and closed without touching other items."""
+
+from collections.abc import Callable
+
+import pytest
+from people import Person
+
+from rlhf_core.feedback import exchange, rounds
+from rlhf_core.feedback.store import Store
+
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"Question {number}?"}],
+        "responses": ["One.", "Two.", "Three."],
+        "origins": ["round-1"] * 3,
+        "category": "advice",
+    }
+    for number in range(3)
+]
+
+
+@pytest.fixture
+def keys(store: Store, items: None) -> list[str]:
+    """Three items of a round beside those of others."""
+    found = rounds.items_from(ROWS, "rank")
+    with store.session() as session:
+        exchange.add_items(session, found, overlap=2)
+    return [item.key() for item in found]
+
+
+def counted(store: Store, keys: list[str]) -> rounds.Count:
+    with store.session() as session:
+        return rounds.count(session, keys, overlap=2)
+
+
+def test_only_the_rounds_own_judgements_count(store: Store, keys: list[str], browser: Callable[..., Person]) -> None:
+    assert counted(store, keys) == rounds.Count(0, 6)
+    kim = browser("kim")
+    for number in range(9):  # six items of others, three of the round
+        assert kim.judge(client_id=f"kim-{number:08}").status_code == 200
+    assert kim.item() == ""
+    assert counted(store, keys) == rounds.Count(3, 6)
+    kim.submit(f"/judgements/{kim.last()}/undo")
+    assert counted(store, keys).done + counted_of_others(store, keys) == 8
+
+
+def counted_of_others(store: Store, keys: list[str]) -> int:
+    with store.session() as session:
+        return len(list(exchange.export_rankings(session))) - len(rounds.rankings(session, keys))
+
+
+def test_what_people_said_comes_as_rankings_with_annotator_and_guideline(
+    store: Store, keys: list[str], browser: Callable[..., Person]
+) -> None:
+    kim = browser("kim")
+    for number in range(9):
+        kim.judge(client_id=f"kim-{number:08}")
+    with store.session() as session:
+        found = rounds.rankings(session, keys)
+    assert sorted(row["prompt"] for row in found) == [f"Question {number}?" for number in range(3)]
+    for row in found:
+        assert (row["source"], row["annotator"], row["origins"]) == ("human", "kim", ["round-1"] * 3)
+        assert len(row["guideline"]) == 12
+        assert sorted(row["ranks"]) == [1, 2, 3]
+
+
+def test_a_closed_round_is_shown_to_nobody_and_keeps_its_judgements(
+    store: Store, keys: list[str], browser: Callable[..., Person]
+) -> None:
+    kim = browser("kim")
+    for number in range(9):
+        kim.judge(client_id=f"kim-{number:08}")
+    with store.session() as session:
+        rounds.close(session, keys)
+    sam = browser("sam")
+    for number in range(6):  # those of others only
+        assert sam.judge(client_id=f"sam-{number:08}").status_code == 200
+    assert sam.item() == ""
+    assert counted(store, keys).done == 3
+    with store.session() as session:
+        rounds.open_again(session, keys, overlap=2)
+    assert sam.item() != ""
+
+
+def test_comparisons_tell_ties_and_both_bad_as_equal(store: Store, browser: Callable[..., Person]) -> None:
+    rows = [{**row, "responses": ["New.", "Old."], "origins": ["round-1", "current"]} for row in ROWS]
+    found = rounds.items_from(rows, "compare")
+    with store.session() as session:
+        exchange.add_items(session, found, overlap=1)
+    kim = browser("kim")
+    kim.judge("compare", client_id="kim-00000001")
+    kim.judge("compare", client_id="kim-00000002", verdict="none", ranks=None)
+    kim.judge("compare", client_id="kim-00000003", verdict="skipped", ranks=None)
+    with store.session() as session:
+        said = list(rounds.comparisons(session, [item.key() for item in found]))
+    assert sorted(sorted(row["ranks"]) for row in said) == [[1, 1], [1, 2]]
+    assert {row["annotator"] for row in said} == {"kim"}
+    assert all(row["responses"] == ["New.", "Old."] for row in said)

@@ -1,0 +1,161 @@
+"""A campaign on disk: how rounds begin, what they start from, what they leave. No stage is run here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toy import PROJECT
+
+from flows import campaign as campaigns
+from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_round, open_campaign, overview, words
+from rlhf_core.config import load_params
+from rlhf_core.errors import ConfigError
+from tasks.stage import write_text
+
+CHECK = {"name": "win_rate", "value": 0.6, "limit": 0.5, "passed": True, "words": "gold prefers the new policy in 60%"}
+
+
+@pytest.fixture
+def campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Campaign:
+    monkeypatch.setattr(campaigns, "make_base", lambda params, folder: None)
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore"):
+        (project / name).symlink_to(PROJECT / name)
+    return open_campaign("try", project=project, recipe="tiny")
+
+
+def project_of(campaign: Campaign) -> Path:
+    return campaign.folder.parents[1]
+
+
+def run_round(campaign: Campaign, promoted: bool = True, *, judge: bool = True) -> dict[str, Any]:
+    """Begin a round, write what stages would write, and end it."""
+    number = begin_round(campaign)
+    for source in KEPT.values():
+        if source not in ("params.yaml", "dvc.yaml", "metrics"):
+            file = campaign.folder / source
+            write_text(file if file.suffix or file.name == "dvc.lock" else file / "weights", f"of round {number}")
+    write_text(campaign.folder / "metrics/ppo.json", "{}")
+    if number and judge:
+        write_text(campaign.feedback_file(number), f"judged in round {number}\n")
+    check = CHECK | {"passed": promoted}
+    return end_round(campaign, number, {"promoted": promoted, "checks": [check] if number else [], "judged": 3})
+
+
+def start(campaign: Campaign) -> str:
+    return (campaign.folder / START / "ppo/policy/weights").read_text()
+
+
+def test_round_0_is_the_pipeline_as_it_is(campaign: Campaign) -> None:
+    assert begin_round(campaign) == 0
+    assert (campaign.folder / "dvc.yaml").read_text() == (PROJECT / "dvc.yaml").read_text()
+    params = load_params(campaign.folder / "params.yaml")
+    assert (params.reward.start, params.reward.feedback, params.ppo.start) == ("", "", "")
+    assert params.ppo.response_tokens == 12  # of the recipe
+    assert f"dir = {project_of(campaign) / '.dvc/cache'}" in (campaign.folder / ".dvc/config").read_text()
+
+
+def test_a_later_round_continues_from_the_promoted_one(campaign: Campaign) -> None:
+    run_round(campaign)
+    assert begin_round(campaign) == 1
+    params = load_params(campaign.folder / "params.yaml")
+    assert params.preferences.round == 1
+    assert (params.reward.start, params.ppo.start) == ("artifacts/start/reward", "artifacts/start/ppo")
+    assert (params.preferences.seed, params.reward.seed, params.ppo.seed, params.sft.seed) == (1, 1, 1, 0)
+    stages = yaml.safe_load((campaign.folder / "dvc.yaml").read_text())["stages"]
+    original = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
+    assert set(stages) - set(original) == {"preferences", "gate"}
+    for name in ("prepare", "sft", "dpo", "evaluate"):
+        assert stages[name] == original[name]
+    assert {"artifacts/start/reward", "data/feedback"} == set(stages["reward"]["deps"]) - set(
+        original["reward"]["deps"]
+    )
+    assert start(campaign) == "of round 0"
+
+
+def test_what_a_key_names_is_among_what_dvc_watches(campaign: Campaign) -> None:
+    run_round(campaign)
+    begin_round(campaign)
+    stages = yaml.safe_load((campaign.folder / "dvc.yaml").read_text())["stages"]
+    params = load_params(campaign.folder / "params.yaml")
+    assert params.reward.start in stages["reward"]["deps"]
+    assert params.reward.feedback in stages["reward"]["deps"]
+    assert params.ppo.start in stages["ppo"]["deps"]
+    assert params.preferences.policy in stages["preferences"]["deps"]
+
+
+def test_a_rejected_round_is_not_built_on_and_its_judgements_are_set_aside(campaign: Campaign) -> None:
+    run_round(campaign)
+    run_round(campaign)
+    run_round(campaign, promoted=False)
+    assert campaign.promoted() == 1
+    begin_round(campaign)
+    assert start(campaign) == "of round 1"
+    assert [path.name for path in (campaign.folder / FEEDBACK).iterdir()] == ["001.jsonl"]
+    assert (campaign.round_folder(2) / "feedback.jsonl").read_text() == "judged in round 2\n"
+    assert campaign.decisions()[2]["start"] == 1
+
+
+def test_judgements_of_a_rejected_round_can_be_kept(campaign: Campaign) -> None:
+    values = yaml.safe_load((campaign.folder / "campaign.yaml").read_text())
+    values["gate"]["keep_rejected"] = True
+    write_text(campaign.folder / "campaign.yaml", yaml.safe_dump(values))
+    run_round(campaign)
+    run_round(campaign, promoted=False)
+    begin_round(campaign)
+    assert [path.name for path in (campaign.folder / FEEDBACK).iterdir()] == ["001.jsonl"]
+
+
+def test_a_round_that_was_cut_off_is_begun_again_as_it_was(campaign: Campaign) -> None:
+    run_round(campaign)
+    begin_round(campaign)
+    write_text(campaign.feedback_file(1), "judged before the kill\n")
+    assert campaign.under_way()
+    again = open_campaign("try", project=project_of(campaign))
+    assert begin_round(again) == 1
+    assert again.feedback_file(1).read_text() == "judged before the kill\n"
+    assert "preferences" in yaml.safe_load((campaign.folder / "dvc.yaml").read_text())["stages"]
+    assert again.identity() == campaign.identity()
+
+
+def test_a_round_cut_off_while_it_is_put_away_is_not_over(campaign: Campaign) -> None:
+    run_round(campaign)
+    begin_round(campaign)
+    write_text(campaign.folder / "rounds/.001/decision.json", json.dumps({"round": 1, "promoted": True}))
+    assert campaign.next_round() == 1
+    run_round(campaign)
+    assert campaign.next_round() == 2
+    assert not (campaign.folder / "rounds/.001").exists()
+    assert not campaign.under_way()
+
+
+def test_a_campaign_keeps_what_it_began_with(campaign: Campaign) -> None:
+    project = project_of(campaign)
+    open_campaign("try", project=project)
+    open_campaign("try", project=project, recipe="tiny")
+    with pytest.raises(ConfigError, match="Campaign try began with recipe tiny and overrides"):
+        open_campaign("try", project=project, overrides=["ppo.kl_coef=0.2"])
+
+
+@pytest.mark.parametrize("name", ["", "../other", "a b", ".hidden"])
+def test_a_campaigns_name_is_a_plain_word(campaign: Campaign, name: str) -> None:
+    with pytest.raises(ConfigError, match="expected letters, digits, - and _"):
+        open_campaign(name, project=project_of(campaign))
+
+
+def test_a_recipes_workspace_is_not_taken(campaign: Campaign) -> None:
+    write_text(project_of(campaign) / ".rlhf/tiny/dvc.lock", "")
+    with pytest.raises(ConfigError, match="is the workspace of a recipe"):
+        open_campaign("tiny", project=project_of(campaign))
+
+
+def test_decisions_are_told_in_words(campaign: Campaign) -> None:
+    run_round(campaign)
+    assert words(run_round(campaign)) == "Round 1 is promoted: gold prefers the new policy in 60%."
+    rejected = words(run_round(campaign, promoted=False))
+    assert rejected == "Round 2 is rejected, round 1's policy stays: gold prefers the new policy in 60%."
+    table = overview("try", campaign.decisions()).splitlines()
+    assert table[-1] == "| 2 | 1 | 3 | rejected | gold prefers the new policy in 60%. |"

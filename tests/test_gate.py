@@ -1,0 +1,173 @@
+"""When a new policy takes over: each limit alone keeps it out, and all of them kept let it in."""
+
+from typing import Any
+
+import pytest
+
+from rlhf_core.config import Gate
+from rlhf_core.errors import DataError
+from rlhf_core.gate import Pair, Verdict, judge_round, outcome, pair_answers, rate
+from rlhf_core.people import people_beside_gold
+from rlhf_core.statistics import Interval
+
+VALUES: dict[str, Any] = {
+    "seed": 0,
+    "judge": "gold",
+    "bootstrap_samples": 200,
+    "min_win_rate": 0.5,
+    "max_kl": 10.0,
+    "max_perplexity_ratio": 1.2,
+    "safety_kinds": ["unsafe"],
+    "min_safety_win_rate": 0.4,
+    "keep_rejected": False,
+}
+CONFIG = Gate.model_validate(VALUES)
+EVALUATE = {"ppo": {"kl": 6.0, "perplexity": 33.0}, "sft": {"perplexity": 30.0}}
+
+
+def pairs(wins: int, losses: int, *, category: str = "advice", ties: int = 0) -> list[Pair]:
+    golds = [1.0] * wins + [0.0] * losses + [0.5] * ties
+    return [Pair(f"{category} {i}", category, f"new {i}", f"old {i}", gold) for i, gold in enumerate(golds)]
+
+
+def held(found: list[Pair], evaluate: Any = EVALUATE, config: Gate = CONFIG) -> Verdict:
+    judged = rate([pair.gold for pair in found], [pair.prompt for pair in found], config)
+    return judge_round(found, judged, evaluate, config)
+
+
+def failed(verdict: Verdict) -> list[str]:
+    return [check.name for check in verdict.checks if not check.passed]
+
+
+GOOD = pairs(40, 10) + pairs(6, 4, category="unsafe")
+
+
+def test_a_policy_that_keeps_all_limits_is_promoted() -> None:
+    verdict = held(GOOD)
+    assert verdict.promoted
+    assert failed(verdict) == []
+    assert verdict.metrics["promoted"] == 1.0
+    assert verdict.metrics["win_rate"] == verdict.metrics["gold_win_rate"] == pytest.approx(46 / 60)
+    assert verdict.metrics["perplexity_ratio"] == pytest.approx(1.1)
+    assert verdict.metrics["safety_win_rate"] == pytest.approx(0.6)
+    assert (verdict.metrics["prompts"], verdict.metrics["comparisons"]) == (60, 60)
+
+
+def test_a_win_rate_above_half_whose_interval_reaches_below_it_is_not_enough() -> None:
+    verdict = held(pairs(28, 22))
+    assert verdict.metrics["win_rate"] > 0.5 > verdict.metrics["win_rate_low"]
+    assert failed(verdict) == ["win_rate"]
+    assert not verdict.promoted
+    assert verdict.metrics["promoted"] == 0.0
+
+
+def test_the_same_policy_again_is_not_promoted() -> None:
+    # all ties: the interval is one half, and the lower end has to be above it
+    assert failed(held(pairs(0, 0, ties=50))) == ["win_rate"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "sft", "name"),
+    [({"kl": 10.1, "perplexity": 30}, 30, "kl"), ({"kl": 1, "perplexity": 37}, 30, "perplexity")],
+)
+def test_too_far_from_sft_is_not_promoted(policy: dict[str, float], sft: float, name: str) -> None:
+    verdict = held(GOOD, {"ppo": policy, "sft": {"perplexity": sft}})
+    assert failed(verdict) == [name]
+    assert not verdict.promoted
+
+
+def test_a_limit_may_be_reached() -> None:
+    assert held(GOOD, {"ppo": {"kl": 10.0, "perplexity": 36.0}, "sft": {"perplexity": 30.0}}).promoted
+
+
+def test_a_loss_on_the_safety_prompts_is_not_made_up_for_elsewhere() -> None:
+    verdict = held(pairs(90, 2) + pairs(2, 10, category="unsafe"))
+    assert verdict.metrics["win_rate_low"] > 0.5
+    assert failed(verdict) == ["safety"]
+
+
+def test_a_certain_loss_on_the_safety_prompts_counts_even_above_the_least_rate() -> None:
+    # 90 of 200: 0.45 is above 0.4, and its interval ends below one half only with enough prompts
+    assert failed(held(pairs(900, 20) + pairs(450, 550, category="unsafe"))) == ["safety"]
+    assert failed(held(pairs(900, 20) + pairs(9, 11, category="unsafe"))) == []
+
+
+def test_without_safety_prompts_there_is_no_such_check() -> None:
+    verdict = held(pairs(40, 10))
+    assert [check.name for check in verdict.checks] == ["win_rate", "kl", "perplexity"]
+    assert "safety_win_rate" not in verdict.metrics
+
+
+def test_another_judge_decides_and_the_gold_model_stands_beside_it() -> None:
+    verdict = judge_round(GOOD, Interval(0.45, 0.4, 0.5), EVALUATE, CONFIG.model_copy(update={"judge": "rule:short"}))
+    assert failed(verdict) == ["win_rate"]
+    assert verdict.metrics["win_rate"] == 0.45
+    assert verdict.metrics["gold_win_rate"] == pytest.approx(46 / 60)
+    assert verdict.checks[0].words.startswith("rule:short prefers the new policy in 45% (40% to 50%)")
+
+
+# ---- pairs
+
+
+def answer(policy: str, prompt: str, text: str, gold: float, how: str = "sampled") -> dict[str, Any]:
+    return {"policy": policy, "how": how, "prompt": prompt, "text": text, "gold_reward": gold, "category": "x"}
+
+
+def test_every_sampled_answer_stands_beside_every_one_to_its_prompt() -> None:
+    new = [answer("ppo", "p", "a", 1.0), answer("ppo", "p", "b", 0.0), answer("sft", "p", "c", 9.0)]
+    new += [answer("ppo", "p", "greedy", 5.0, "greedy"), answer("ppo", "only here", "d", 1.0)]
+    current = [answer("ppo", "p", "e", 0.5), answer("ppo", "p", "f", 1.0)]
+    found = pair_answers(new, current, "ppo")
+    assert [(pair.new, pair.current, pair.gold) for pair in found] == [
+        ("a", "e", 1.0),
+        ("a", "f", 0.5),
+        ("b", "e", 0.0),
+        ("b", "f", 0.0),
+    ]
+
+
+def test_answers_to_other_prompts_cannot_be_compared() -> None:
+    with pytest.raises(DataError, match="share no prompt"):
+        pair_answers([answer("ppo", "p", "a", 1)], [answer("ppo", "q", "b", 1)], "ppo")
+
+
+def test_outcomes() -> None:
+    assert [outcome(2, 1), outcome(1, 1), outcome(0, 1)] == [1.0, 0.5, 0.0]
+
+
+# ---- people beside the gold model
+
+
+def said(who: str, pair: Pair, ranks: tuple[int, int]) -> dict[str, Any]:
+    turns = [{"role": "user", "content": pair.prompt}]
+    return {"annotator": who, "prompt": turns, "responses": [pair.new, pair.current], "ranks": list(ranks)}
+
+
+def test_people_stand_beside_the_gold_model_on_the_pairs_they_saw() -> None:
+    seen = pairs(2, 2)  # gold: won, won, lost, lost
+    rows = [said("kim", seen[0], (1, 2)), said("sam", seen[0], (1, 2)), said("kim", seen[1], (2, 1))]
+    rows += [said("kim", seen[2], (2, 1)), said("kim", seen[3], (1, 1))]
+    found = people_beside_gold(rows, seen, CONFIG)
+    assert found is not None
+    assert (found.judgements, found.annotators) == (5, 2)
+    # won, won, lost, lost, tie, of four prompts, the first with two judgements: 2.5 of 5
+    assert found.win_rate.mean == pytest.approx(0.5)
+    assert found.gold.mean == pytest.approx(3 / 5)
+    assert found.agreement == pytest.approx(3 / 4)  # the tie is no decision
+    assert found.alpha is None  # both said the same of the one pair that two people saw
+    assert "| by the gold model | 60%" in "\n".join(found.lines())
+
+
+def test_agreement_among_people_needs_a_pair_that_several_judged() -> None:
+    seen = pairs(3, 0)
+    rows = [said(who, pair, (1, 2)) for who in ("kim", "sam") for pair in seen[:2]]
+    rows += [said("kim", seen[2], (2, 1)), said("sam", seen[2], (2, 1))]
+    found = people_beside_gold(rows, seen, CONFIG)
+    assert found is not None
+    assert found.alpha == pytest.approx(1.0)
+    assert found.metrics()["alpha"] == pytest.approx(1.0)
+
+
+def test_where_nobody_judged_there_is_nothing_beside_the_gold_model() -> None:
+    assert people_beside_gold([], GOOD, CONFIG) is None
+    assert people_beside_gold([said("kim", pairs(1, 0, category="other")[0], (1, 2))], GOOD, CONFIG) is None
