@@ -177,6 +177,36 @@ def export(
     typer.echo(f"{file}: {lines.count(chr(10))} {what}.")
 
 
+@app.command()
+def convert(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON exported by Label Studio or Argilla.")],
+    rankings: Annotated[str, typer.Argument(metavar="RANKINGS", help="Where the rankings are written, as JSON lines.")],
+    prompt: Annotated[str, typer.Option(metavar="FIELD", help="What holds the prompt, if it is not called so.")] = "",
+    buckets: Annotated[
+        str, typer.Option(metavar="BEST,...", help="Label Studio's buckets in order, if items lie in several.")
+    ] = "",
+) -> None:
+    """Turn rankings that were made with Label Studio or Argilla into rankings to train on.
+
+    - `rlhf feedback convert project-1.json data/human.jsonl`
+    """
+    import json
+
+    from rlhf_core.feedback.exchange import as_lines
+    from rlhf_core.feedback.foreign import read_foreign
+
+    if not Path(file).is_file():
+        raise MissingArtifact(f"Found no export {file}, expected JSON by Label Studio or Argilla.")
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is no JSON: {error}. Export JSON, not CSV.") from error
+    names = [name.strip() for name in buckets.split(",") if name.strip()]
+    lines = as_lines(iter(read_foreign(content, name=file, prompt=prompt, buckets=names)))
+    Path(rankings).write_text(lines, encoding="utf-8")
+    typer.echo(f"{rankings}: {lines.count(chr(10))} rankings.")
+
+
 def _open(database: str | None) -> "Store":
     from rlhf_core.feedback.store import open_store
 

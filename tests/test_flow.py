@@ -1,6 +1,7 @@
 """flows/rlhf.py: the real flow, Prefect's server, DVC and MLflow around a workspace of five scripts."""
 
 import datetime
+import importlib
 import json
 import os
 import signal
@@ -195,12 +196,23 @@ def test_the_form_shows_types_and_descriptions() -> None:
     assert flow.parameters.required == []
 
 
-def test_prefect_yaml_schedules_the_flow() -> None:
+def test_prefect_yaml_schedules_flows_with_parameters_that_they_have() -> None:
     config = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
-    [deployment] = config["deployments"]
-    path, name = deployment["entrypoint"].split(":")
-    assert f"def {name}(" in (PROJECT / path).read_text()
-    assert deployment["schedules"][0]["cron"]
+    for deployment in config["deployments"]:
+        path, name = deployment["entrypoint"].split(":")
+        flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+        flow.validate_parameters(deployment["parameters"])
+        assert deployment["schedules"][0]["cron"]
+    assert [deployment["name"] for deployment in config["deployments"]] == ["nightly", "rounds"]
+
+
+def test_the_form_of_online_rounds_shows_types_and_descriptions() -> None:
+    from flows.online import Waiting, online
+
+    properties = online.parameters.properties
+    assert all(field["description"] and field["title"] for field in properties.values())
+    assert online.parameters.required == []
+    assert all(field.description and field.title for field in Waiting.model_fields.values())
 
 
 def test_the_table_shows_what_is_there() -> None:
