@@ -19,7 +19,8 @@ from rlhf_core.tracking import Tracker
 SAMPLED_ROWS = 128  # responses sampled at once: each holds its keys and values of all layers
 CANDIDATES = 4  # where the ensemble chooses, this many times the prompts wanted are answered
 
-Disagreement = Callable[[Sequence[tuple[list[int], list[list[int]]]]], list[float]]
+Asked = tuple[list[int], list[list[int]]]  # ids of a prompt and of each of its answers
+Disagreement = Callable[[Sequence[Asked]], list[float]]
 
 
 class Answered(NamedTuple):

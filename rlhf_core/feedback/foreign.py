@@ -80,7 +80,8 @@ def _ranked_list(
             order = [[str(one) for one in kept.get(bucket, ())] for bucket in buckets]
         else:
             raise DataError(f"found the buckets {', '.join(sorted(kept))}; say in which order they stand, best first")
-    responses, ranks = [], []
+    responses: list[str] = []
+    ranks: list[int] = []
     for group in order:
         rank = len(responses) + 1  # 1, 2, 2, 4
         for one in group:
