@@ -13,7 +13,10 @@ HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=HELP)
 Name = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="Its workspace is .rlhf/CAMPAIGN.")]
 AnnotatorName = Annotated[
-    str, typer.Option(metavar="WHO", help="Who judges: people, or a rule such as rule:short, rule:reader.")
+    str,
+    typer.Option(
+        metavar="WHO", help="Who judges: people, judge (section judge of params.yaml), or a rule such as rule:short."
+    ),
 ]
 Recipe = Annotated[str | None, typer.Option(metavar="NAME", help="Begin with recipes/NAME.yaml, such as: tiny")]
 Overrides = Annotated[

@@ -42,6 +42,7 @@ from flows.campaign import (
 )
 from flows.rlhf import bring_up_to_date
 from flows.waiting import close_lost_run, pages, wait_for_people
+from rlhf_core.config import Params
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.feedback.annotators import Annotator, Item, rule
 from tasks.environment import record_folder
@@ -50,7 +51,7 @@ from tasks.pipeline import find_root, version_data, workspace_lock
 from tasks.stage import check_disk, write_json, write_text
 from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
 
-PEOPLE = "people"
+PEOPLE, JUDGE = "people", "judge"
 
 
 class Waiting(BaseModel):
@@ -94,14 +95,15 @@ def online(
         name: The campaign; its workspace is .rlhf/NAME. One that is not there is begun, with the pipeline as round 0.
         rounds: How many rounds to run now, round 0 not counted.
         until: Run on until this round is over, in place of a number of rounds; the same run twice then does nothing.
-        annotator: Who judges: people, on the pages of rlhf feedback, or rule:NAME.
+        annotator: Who judges: people, on the pages of rlhf feedback; judge, the model of params.yaml's section judge;
+            or rule:NAME.
         recipe: Begin the campaign with the values of recipes/NAME.yaml.
         overrides: Begin it with other values of params.yaml, one `section.key=value` a line.
         waiting: How long to wait for people, and where they judge.
         retries: How often a stage that crashed is started again.
     """
     try:
-        find_annotator(annotator, 0)  # a wrong name is told now, and not after an hour of sampling
+        check_annotator(annotator)  # a wrong name is told now, and not after an hour of sampling
         project = find_root()
         if project.parent.name == ".rlhf":  # the flow was started in a workspace
             project = project.parents[1]
@@ -173,20 +175,31 @@ def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: in
 # ---- judging
 
 
-def find_annotator(name: str, number: int) -> Annotator | None:
-    """The annotator of that name; None for people, who are waited for.
+def check_annotator(name: str) -> None:
+    """ConfigError where there is no annotator of that name."""
+    if name not in (PEOPLE, JUDGE):
+        if not name.startswith("rule:"):
+            raise ConfigError(f"Found annotator {name!r}, expected people, judge or rule:NAME.")
+        rule(name.removeprefix("rule:"))
+
+
+def open_annotator(name: str, number: int, params: Params) -> Annotator:
+    """A rule, or the model that section judge of params.yaml names, once it has shown that it judges well enough.
 
     Args:
         number: the round, which seeds a rule that throws coins.
 
     Raises:
-        ConfigError: there is none.
+        RLHFError: there is none, or its agreement with known rankings is below `judge.bar`.
     """
-    if name == PEOPLE:
-        return None
-    if name.startswith("rule:"):
+    if name != JUDGE:
         return rule(name.removeprefix("rule:"), seed=number)
-    raise ConfigError(f"Found annotator {name!r}, expected people or rule:NAME.")
+    from rlhf_core.data import load_prepared
+    from rlhf_core.feedback.judges import admit, open_judge
+
+    judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judgements.db")
+    admit(judge, load_prepared(Path("data/prepared"), "rankings", ["test"]), params.judge)
+    return judge
 
 
 def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) -> int:
@@ -194,12 +207,12 @@ def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) ->
     file = campaign.feedback_file(number)
     if not file.is_file():
         rows = read_rows(campaign.folder / ITEMS)
-        one = find_annotator(annotator, number)
-        found = (
-            judge.with_options(task_run_name=f"{number} judge")(one, rows)
-            if one
-            else _ask(campaign, number, rows, waiting)
-        )
+        if annotator == PEOPLE:
+            found = _ask(campaign, number, rows, waiting)
+        else:
+            found = judge.with_options(task_run_name=f"{number} judge")(
+                annotator, number, rows, load_round_params(campaign)
+            )
         if not found:
             raise ConfigError(
                 f"No judgement of round {number} ranks anything, so there is nothing to learn from. With another "
@@ -210,8 +223,9 @@ def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) ->
 
 
 @task(name="judge", cache_policy=NO_CACHE, persist_result=False)
-def judge(annotator: Annotator, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def judge(name: str, number: int, rows: Sequence[dict[str, Any]], params: Params) -> list[dict[str, Any]]:
     """Rankings by a rule or a model; those of nothing but ties are left out, since they teach nothing."""
+    annotator = open_annotator(name, number, params)
     items = [
         Item(tuple((turn["role"], turn["content"]) for turn in row["prompt"]), tuple(row["responses"])) for row in rows
     ]

@@ -1,0 +1,175 @@
+"""A flow run that waits for people: paused with count and link, judged over real HTTP, and going on by itself."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.cookiejar import CookieJar
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy import PROJECT
+
+from flows.server import free_port
+
+pytestmark = pytest.mark.slow
+
+FLOW = """
+import json, os, signal, sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from flows.server import use_server
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+print(use_server(Path.cwd()), flush=True)
+from prefect import flow
+from prefect.runtime import flow_run
+from flows.waiting import pages, wait_for_people
+from rlhf_core.feedback import rounds
+from rlhf_core.feedback.exchange import add_items
+from rlhf_core.feedback.store import open_store
+
+port, seconds = int(sys.argv[1]), float(sys.argv[2])
+rows = [{"prompt": [{"role": "user", "content": f"Question {n}?"}], "responses": ["One.", "Two."], "origins": ["", ""]}
+        for n in range(3)]
+items = rounds.items_from(rows, "rank")
+keys = [item.key() for item in items]
+store = open_store("feedback.db")
+with store.session() as session:
+    add_items(session, items)
+
+def look():
+    with store.session() as session:
+        return rounds.count(session, keys, overlap=1)
+
+@flow(name="waits")
+def waits():
+    with pages("feedback.db", port=port, say=print) as address:
+        found = wait_for_people(
+            str(flow_run.get_id()), look, enough=3, deadline=datetime.now(UTC) + timedelta(seconds=seconds),
+            link=address + "/rank", what="round 1 of try", every=0.2, say=lambda line: print(line, flush=True))
+    print("FOUND", *found, flush=True)
+
+waits()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path_factory.getbasetemp() / "prefect"))
+    return tmp_path
+
+
+class Waits:
+    """The flow in a process of its own, and what it says."""
+
+    def __init__(self, folder: Path, *, seconds: float) -> None:
+        self.port = free_port()
+        command = [sys.executable, "-c", FLOW, str(self.port), str(seconds)]
+        env = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        with (folder / "flow.log").open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
+        self.said: list[str] = []
+        self.server = self.until("http")
+
+    def until(self, start: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line.rstrip())
+            if line.startswith(start):
+                return line.rstrip()
+        raise AssertionError(f"the flow ended without a line {start}: {self.said}")
+
+    def api(self, path: str, **body: Any) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.server}/{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return json.load(reply)
+
+    def state(self, kind: str, message: str = "") -> dict[str, Any]:
+        """The flow run, once its state is of this kind and says so."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = self.api("flow_runs/filter")
+            if found and found[0]["state_type"] == kind and message in (found[0]["state"]["message"] or ""):
+                return dict(found[0])
+            time.sleep(0.1)
+        raise AssertionError(f"the flow run never was {kind} {message!r}: {found}")
+
+
+@pytest.fixture
+def running(folder: Path) -> Iterator[Any]:
+    started: list[Waits] = []
+
+    def start(seconds: float = 120.0) -> Waits:
+        started.append(Waits(folder, seconds=seconds))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.terminate()  # Python's end stops the server, too
+        one.process.wait()
+        one.process.stdout.close()
+
+
+class Person:
+    """Somebody with a browser, without the browser."""
+
+    def __init__(self, port: int) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        self.open = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar())).open
+
+    def judge(self, number: int) -> None:
+        page = self.open(f"{self.address}/rank", timeout=20).read().decode()
+        token = re.search(r'name="csrf" content="([^"]+)"', page)[1]  # type: ignore[index]
+        item = re.search(r'data-item="(\w+)"', page)[1]  # type: ignore[index]
+        body = {"client_id": f"person-{number:08}", "item": item, "verdict": "ranked", "ranks": [1, 2], "seconds": 1.0}
+        headers = {"Content-Type": "application/json", "X-CSRF-Token": token}
+        request = urllib.request.Request(f"{self.address}/judgements", json.dumps(body).encode(), headers)
+        assert json.load(self.open(request, timeout=20))["stored"]
+
+
+def test_it_is_paused_with_count_and_link_and_goes_on_when_enough_is_judged(running: Any) -> None:
+    flow = running()
+    flow.until("round 1 of try waits for people: 0 of 3 judged")
+    paused = flow.state("PAUSED", "0 of 3 judged for round 1 of try")
+    assert paused["state"]["name"] == "Waiting for people"
+    assert f"http://127.0.0.1:{flow.port}/rank" in paused["state"]["message"]
+    person = Person(flow.port)
+    person.judge(1)
+    flow.state("PAUSED", "1 of 3 judged")
+    kinds = {artifact["type"]: artifact for artifact in flow.api("artifacts/filter")}
+    assert set(kinds) == {"markdown", "progress"}  # a link is kept as Markdown
+    assert f"http://127.0.0.1:{flow.port}/rank" in kinds["markdown"]["data"]
+    person.judge(2)
+    person.judge(3)
+    assert flow.until("FOUND") == "FOUND 3 3"
+    assert "3 of 3 are judged: going on." in flow.said
+    assert flow.process.wait(timeout=60) == 0
+
+
+def test_it_goes_on_at_the_deadline_with_what_there_is(running: Any) -> None:
+    flow = running(seconds=30.0)
+    flow.until("round 1 of try waits for people")
+    Person(flow.port).judge(1)
+    assert flow.until("FOUND") == "FOUND 1 3"
+    assert "The deadline has passed: going on with 1 of 3." in flow.said
+
+
+def test_resume_on_prefects_page_goes_on_with_what_there_is(running: Any) -> None:
+    flow = running()
+    paused = flow.state("PAUSED")
+    Person(flow.port).judge(1)
+    flow.state("PAUSED", "1 of 3 judged")
+    answer = flow.api(f"flow_runs/{paused['id']}/resume")
+    assert answer["status"] == "ACCEPT"
+    assert flow.until("FOUND") == "FOUND 1 3"
+    assert "Resumed by hand: going on with 1 of 3." in flow.said
