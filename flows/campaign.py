@@ -37,7 +37,7 @@ KEPT = {  # what a round leaves, by its place in rounds/NNN
     "comparisons.json": COMPARISONS,
     "metrics": "metrics",
     "params.yaml": "params.yaml",
-    "dvc.yaml": "dvc.yaml",
+    "stages.yaml": "dvc.yaml",  # by its own name DVC would take it for a pipeline
     "dvc.lock": "dvc.lock",
 }
 CONTINUED = ("ppo", "reward", "answers.jsonl")  # what the next round starts from

@@ -152,6 +152,12 @@ def test_a_recipes_workspace_is_not_taken(campaign: Campaign) -> None:
         open_campaign("tiny", project=project_of(campaign))
 
 
+def test_what_a_round_leaves_is_no_pipeline_to_dvc(campaign: Campaign) -> None:
+    run_round(campaign)
+    assert not list((campaign.folder / "rounds").rglob("dvc.yaml"))
+    assert (campaign.round_folder(0) / "stages.yaml").read_text() == (PROJECT / "dvc.yaml").read_text()
+
+
 def test_decisions_are_told_in_words(campaign: Campaign) -> None:
     run_round(campaign)
     assert words(run_round(campaign)) == "Round 1 is promoted: gold prefers the new policy in 60%."
