@@ -1,17 +1,22 @@
-"""One batch at once, in pieces, or shared out over two processes: the same losses and the same weights."""
+"""One batch at once, in pieces, or shared out over two processes: the same losses and weights, and one end."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from toy import PROJECT
+from toy import PROJECT, child_environment, make_toy
+
+from tasks.pipeline import StageFailed, run_stage
 
 pytestmark = pytest.mark.thorough
 ONE = [sys.executable]
@@ -85,3 +90,39 @@ def test_accumulation_and_processes_change_nothing(
             torch.testing.assert_close(
                 learnt[key], tensor, rtol=1e-3, atol=0.02 * rate, msg=lambda m, k=key: f"{k}: {m}"
             )
+
+
+FAILING = """
+import os
+from rlhf_core import processes
+from rlhf_core.errors import DataError
+from tasks.stage import stage_run
+with stage_run("sft") as run:
+    assert processes.count() == 2
+    processes.wait()
+    if os.environ["RANK"] == "1":
+        raise DataError("Found 0 rows in train.jsonl, expected some. Run `rlhf stage prepare`.")
+    processes.wait()
+"""
+
+
+def test_one_process_that_fails_ends_all_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_toy(tmp_path / "toy", script=FAILING)
+    stages = yaml.safe_load((folder / "dvc.yaml").read_text())
+    stages["stages"]["sft"] = {"cmd": "torchrun --standalone --nproc_per_node 2 stage.py", "outs": ["artifacts/sft"]}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    monkeypatch.chdir(folder)
+    for name, value in child_environment(folder).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    began = time.monotonic()
+    with pytest.raises(StageFailed) as caught:
+        run_stage("sft")
+    assert caught.value.message == "Found 0 rows in train.jsonl, expected some. Run `rlhf stage prepare`."
+    assert time.monotonic() - began < 120  # the other waits for it; nobody waits for the other
+    left = [
+        each.info["cmdline"] or []
+        for each in psutil.process_iter(["cmdline", "cwd"])
+        if each.info["cwd"] == str(folder)
+    ]
+    assert [words for words in left if "stage.py" in " ".join(words)] == []
