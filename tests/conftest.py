@@ -142,7 +142,7 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "answer_tokens": 100,
             "concurrency": 1,
             "requests_per_minute": 0,
-            "timeout": 0.15,
+            "timeout": 10.0,
             "retries": 2,
             "prompt_price": 1.0,
             "answer_price": 2.0,

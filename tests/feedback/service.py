@@ -60,17 +60,17 @@ def good(handler: Handler, payload: dict[str, Any]) -> None:
 
 
 def slow(handler: Handler, payload: dict[str, Any]) -> None:
-    time.sleep(0.3)
+    time.sleep(1.4)
     handler.hang_up()
 
 
 def drip(handler: Handler, payload: dict[str, Any]) -> None:
-    """A byte now and then, so that no single wait is long."""
-    handler.send(b"{", length=1000)
-    for _ in range(15):
-        time.sleep(0.03)
-        handler.wfile.write(b" ")
-    handler.hang_up()
+    """A whole answer, a piece now and then: no single wait is long, and together they are too long."""
+    whole = json.dumps(completion(opinion(payload))).encode()
+    handler.send(b"", length=len(whole))
+    for start in range(0, len(whole), len(whole) // 15):
+        time.sleep(0.1)
+        handler.wfile.write(whole[start : start + len(whole) // 15])
 
 
 def cut_off(handler: Handler, payload: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ BEHAVIOURS: dict[str, Callable[[Handler, dict[str, Any]], None]] = {
     "another language": says("Die zweite Antwort ist besser, weil sie höflicher ist."),
     "half an answer": says('{"reason": "The first answer is bet', finish_reason="length"),
     "deep": says("{" * 5 + '"a":' + "[" * 20000),
-    "1 MB": says("A" * 1_000_000),
+    "1 MB": says({**VALID, "reason": "A" * 1_000_000}),
     "not even text": lambda handler, payload: handler.send(bytes(range(256))),
     # Nothing helps.
     "401": fails(401, "Incorrect API key provided"),

@@ -61,6 +61,11 @@ def judge(service: Service, section: Callable[..., Any], tmp_path: Path) -> Call
     return make
 
 
+def patience(behaviour: str) -> float:
+    """Seconds: little where slowness is the point, else enough for a busy machine."""
+    return 1.0 if behaviour in ("slow", "drip") else 10.0
+
+
 def kept(path: Path) -> int:
     """Judgements on the disk, as another process sees them."""
     database = sqlite3.connect(path / "state" / "judge.db")
@@ -95,9 +100,9 @@ def test_requests_are_under_way_at_the_same_time_and_no_more_than_allowed(
 ) -> None:
     service.script = ["slow"] * 3  # which then hang up
     began = time.monotonic()
-    judge(concurrency=3, timeout=5.0).compare(LOOKS)
+    judge(concurrency=3).compare(LOOKS)
     assert service.most_at_once == 3
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0  # one after the other, the slow ones alone take 4.2
 
 
 def test_what_is_sent(
@@ -173,7 +178,7 @@ def test_a_lapse_costs_one_more_request_and_nothing_else(
     service: Service, judge: Callable[..., EndpointComparer], behaviour: str
 ) -> None:
     service.script = ["good", "good", behaviour]
-    opinions = judge().compare(LOOKS)
+    opinions = judge(timeout=patience(behaviour)).compare(LOOKS)
     assert firsts(opinions) == pytest.approx(TRUTH)
     assert len(service.requests) == 10
     judge().compare(LOOKS)
@@ -188,7 +193,7 @@ def test_a_service_that_goes_wrong_for_good_stops_the_run_and_the_next_asks_only
     service.script = ["good"] * 4
     service.always = behaviour
     with pytest.raises(JudgeStopped, match=r"stopped at 4 of 21 looks: .*the same command goes on from there") as stop:
-        judge(retries=1, concurrency=1).compare(looks)
+        judge(retries=1, timeout=patience(behaviour)).compare(looks)
     assert kept(tmp_path) == 4
     assert len(str(stop.value)) < 900
     service.always = "good"
@@ -216,7 +221,7 @@ def test_several_at_once_keep_what_they_were_told_when_the_service_goes_wrong(
     service.script = ["good"] * 6
     service.always = behaviour
     with pytest.raises(JudgeStopped):
-        judge(retries=0, concurrency=4, timeout=0.3).compare(looks)
+        judge(retries=0, concurrency=4, timeout=patience(behaviour)).compare(looks)
     assert kept(tmp_path) == 6
     service.always = "good"
     asked = len(service.requests)

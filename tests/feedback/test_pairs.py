@@ -82,6 +82,11 @@ def test_a_judge_that_takes_what_stands_first_says_nothing_and_is_counted() -> N
     assert judge.counts()["disagreements"] == 3
 
 
+def test_a_pair_whose_orders_disagree_adds_no_confidence() -> None:
+    table: dict[tuple[str, str], Opinion | None] = {("a", "b"): Opinion(0.9), ("b", "a"): Opinion(0.6)}  # p = 0.65
+    assert PairwiseJudge(Scripted(table)).judge([Item(PROMPT, ("a", "b"))]) == [Judgement((1, 1), confidence=0.0)]
+
+
 def test_a_circle_of_preferences_is_a_tie() -> None:
     table = {("a", "b"): Opinion(1.0), ("b", "c"): Opinion(1.0), ("c", "a"): Opinion(1.0)}
     table |= {(b, a): Opinion(0.0) for a, b in table}

@@ -111,6 +111,14 @@ def test_a_judge_that_counts_words_is_seen_by_its_length() -> None:
     assert found.lead == (0, 0, 0)
 
 
+def test_pairs_of_equal_length_say_nothing_of_length() -> None:
+    table: dict[tuple[str, str], Opinion | None] = {("aa", "bb"): Opinion(0.9), ("bb", "aa"): Opinion(0.1)}
+    found = check_judge(PairwiseJudge(Scripted(table)), [ranking(0, "aa", "bb")], pairs=1)
+    assert found.agreement.mean == 1
+    assert math.isnan(found.longer_chosen.mean)
+    assert found.longer_better == 0.5
+
+
 def test_a_second_asking_is_another_turn() -> None:
     reader = Reader()
     check_judge(PairwiseJudge(reader), RANKINGS, pairs=120)
