@@ -386,9 +386,9 @@ def test_every_page_is_linked_from_another(page: Path) -> None:
     assert page in linked or page.parent in linked, f"nothing links to {shown(page)}"
 
 
-def test_no_two_decisions_have_one_number() -> None:
+def test_decisions_are_numbered_without_gaps() -> None:
     numbers = [int(path.name[:4]) for path in sorted((PROJECT / "docs" / "decisions").glob("*.md"))]
-    assert len(set(numbers)) == len(numbers)
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 def test_details_are_numbered_and_name_files_tests_and_values_that_are_there() -> None:

@@ -60,7 +60,7 @@ def good(handler: Handler, payload: dict[str, Any]) -> None:
 
 
 def slow(handler: Handler, payload: dict[str, Any]) -> None:
-    time.sleep(1.4)
+    time.sleep(2.6)
     handler.hang_up()
 
 
@@ -69,7 +69,7 @@ def drip(handler: Handler, payload: dict[str, Any]) -> None:
     whole = json.dumps(completion(opinion(payload))).encode()
     handler.send(b"", length=len(whole))
     for start in range(0, len(whole), len(whole) // 15):
-        time.sleep(0.1)
+        time.sleep(0.2)
         handler.wfile.write(whole[start : start + len(whole) // 15])
 
 

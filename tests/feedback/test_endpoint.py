@@ -63,7 +63,7 @@ def judge(service: Service, section: Callable[..., Any], tmp_path: Path) -> Call
 
 def patience(behaviour: str) -> float:
     """Seconds: little where slowness is the point, else enough for a busy machine."""
-    return 1.0 if behaviour in ("slow", "drip") else 10.0
+    return 2.0 if behaviour in ("slow", "drip") else 10.0
 
 
 def kept(path: Path) -> int:
