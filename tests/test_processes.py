@@ -1,4 +1,4 @@
-"""One batch at once, in pieces, or shared out over two processes: the same losses and weights, and one end."""
+"""One batch at once, in pieces, or shared out over two processes: the same losses, weights, stops and ends."""
 
 import json
 import os
@@ -20,15 +20,22 @@ from tasks.pipeline import StageFailed, run_stage
 
 pytestmark = pytest.mark.thorough
 ONE = [sys.executable]
+STAGES = ("sft", "reward", "dpo", "ppo")
+RATES = {"lora": 1e-2, "full": 1e-3}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
-def train(command: list[str], folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What tests/share.py finds when a launcher runs it, and the trained weights."""
-    folder.mkdir()
+def launch(command: list[str], folder: Path, plan: dict[str, Any]) -> subprocess.CompletedProcess[bytes]:
+    """Let a launcher run tests/share.py."""
+    folder.mkdir(exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(plan))
     env = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(PROJECT / "tests/share.py"), str(folder)], env=env, capture_output=True)
+    return subprocess.run([*command, str(PROJECT / "tests/share.py"), str(folder)], env=env, capture_output=True)
+
+
+def train(command: list[str], folder: Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What tests/share.py finds, and the trained weights."""
+    done = launch(command, folder, plan)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return json.loads((folder / "found.json").read_text()), load_file(folder / "weights.safetensors")
 
@@ -57,32 +64,40 @@ def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
         assert ours == theirs, where
 
 
+def plan_of(llama: Path, section: Callable[..., Any], method: str, size: int, **of_ppo: Any) -> dict[str, Any]:
+    """All loops, with rows in pieces of a size; the reward model has an axis and two members."""
+    rate = RATES[method]
+    common = {"method": method, "micro_batch_size": size, "learning_rate": rate, "max_grad_norm": 0.5}
+    supervised = {**common, "batch_size": 16, "epochs": 2}
+    ppo = {
+        **common, "micro_batch_size": size // 4, "updates": 2, "rollouts": 16, "minibatch_size": 4, "epochs": 2,
+        "kl_coef": 0.1, "value_learning_rate": rate, "missing_eos_penalty": 1.0, "spread_coef": 0.3,
+    }  # fmt: skip
+    sections = {
+        "sft": section("sft", **supervised),
+        "reward": section("reward", **supervised, center_coef=0.01, axes=["kind"], members=2),
+        "dpo": section("dpo", **supervised),
+        "ppo": section("ppo", **{**ppo, **of_ppo}),
+    }
+    return {"base": str(llama), **{name: found.model_dump(mode="json") for name, found in sections.items()}}
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_accumulation_and_processes_change_nothing(
     llama: Path, section: Callable[..., Any], tmp_path: Path, method: str
 ) -> None:
-    rate = 1e-2 if method == "lora" else 1e-3
+    rate = RATES[method]
 
     def plan(size: int) -> dict[str, Any]:
-        common = {"method": method, "micro_batch_size": size, "learning_rate": rate, "max_grad_norm": 0.5}
-        supervised = {**common, "batch_size": 16, "epochs": 2}
-        sections = {
-            "sft": section("sft", **supervised),
-            "reward": section("reward", **supervised, center_coef=0.01),
-            "dpo": section("dpo", **supervised),
-            "ppo": section(
-                "ppo", **{**common, "micro_batch_size": size // 4}, updates=2, rollouts=16, minibatch_size=4, epochs=2,
-                kl_coef=0.1, value_learning_rate=rate, missing_eos_penalty=1.0,
-            ),
-        }  # fmt: skip
-        return {"base": str(llama), **{name: found.model_dump(mode="json") for name, found in sections.items()}}
+        return plan_of(llama, section, method, size)
 
     whole, weights = train(ONE, tmp_path / "whole", plan(16))
-    assert whole.pop("processes") == 1
+    assert (whole.pop("processes"), len(whole.pop("each"))) == (1, 1)
     assert whole["ppo"]["history"][1][1]["ppo/approx_kl"] > 1e-6  # something was learnt
     for name, command, size, count in (("pieces", ONE, 4, 1), ("processes", TWO, 8, 2)):
         found, learnt = train(command, tmp_path / name, plan(size))
         assert found.pop("processes") == count
+        assert len({each["weights"] for each in found.pop("each")}) == 1  # every process has the same
         assert_alike(numbers(found), numbers(whole), name)
         assert set(learnt) == set(weights)
         for key, tensor in weights.items():
@@ -90,6 +105,41 @@ def test_accumulation_and_processes_change_nothing(
             torch.testing.assert_close(
                 learnt[key], tensor, rtol=1e-3, atol=0.02 * rate, msg=lambda m, k=key: f"{k}: {m}"
             )
+
+
+def test_two_processes_stop_an_update_together(llama: Path, section: Callable[..., Any], tmp_path: Path) -> None:
+    # Two steps over the whole batch. Approx-KL is 0 before the first, so its mean over the two is half of the second's.
+    whole = {"updates": 1, "minibatch_size": 16, "epochs": 2}
+    found, _ = train(ONE, tmp_path / "whole", plan_of(llama, section, "lora", 16, **whole))
+    ((_, update),) = found["ppo"]["history"]
+    assert update["ppo/minibatches"] == 2
+    # All of the second's passes the limit. What one of two processes sees of it, about half, does not.
+    limit = 0.8 * 2 * update["ppo/approx_kl"]
+    for name, command in (("one", ONE), ("two", TWO)):
+        plan = plan_of(llama, section, "lora", 16, **whole, early_stop_kl=limit)
+        found, _ = train(command, tmp_path / name, plan)
+        assert [each["minibatches"] for each in found["each"]] == [[1]] * found["processes"], name
+        assert len({each["weights"] for each in found["each"]}) == 1
+    assert found["processes"] == 2
+
+
+def test_two_processes_that_were_killed_end_with_the_same_bytes(
+    llama: Path, section: Callable[..., Any], tmp_path: Path
+) -> None:
+    plan = plan_of(llama, section, "lora", 8)
+    straight, _ = train(TWO, tmp_path / "straight", plan)
+    killed = {**plan, "checkpoints": str(tmp_path / "checkpoints")}
+    for reports in (3, 7, 9):  # in SFT, in one of the reward model's members, and further on
+        done = launch(TWO, tmp_path / "killed", {**killed, "dies_after": reports})
+        assert done.returncode != 0
+        assert b"Signal 9 (SIGKILL)" in done.stderr
+    found, _ = train(TWO, tmp_path / "killed", killed)
+    assert sum(len(found[stage]["history"]) for stage in STAGES) < sum(len(straight[s]["history"]) for s in STAGES) - 9
+    for stage in STAGES:
+        assert numbers(found[stage]["final"]) == numbers(straight[stage]["final"])
+    assert found["each"][0]["weights"] == found["each"][1]["weights"] == straight["each"][0]["weights"]
+    one, other = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("straight", "killed"))
+    assert one == other
 
 
 FAILING = """
