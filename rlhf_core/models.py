@@ -370,7 +370,8 @@ class Roles(nn.Module):
         return torch.cat(found, 1).float()
 
     def language_model(self, role: str) -> Any:
-        """The causal language model with the role's adapter on, for sampling."""
+        """The causal language model with the role's adapter on, for sampling, until another role is asked something."""
+        _ = self.depth  # it is measured when first asked for, and that switches adapters
         self._activate(role)
         return self._model_of(role)
 

@@ -597,3 +597,20 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(
         for ours, theirs in zip(found[True][0], found[False][0], strict=True):
             assert torch.equal(ours, theirs)
         assert found[True][1] < 0.8 * found[False][1]
+
+
+def test_asking_for_the_shared_depth_leaves_the_adapter_that_samples_on(
+    llama: Path, section: Callable[..., Any], tmp_path: Path
+) -> None:
+    ids = torch.tensor([ROWS[0]])
+    trained = Roles(llama, section("ppo"))
+    trained.add("policy")
+    perturb(trained, "policy")
+    trained.save("policy", tmp_path / "policy")
+    roles = Roles(llama)
+    roles.add("policy", start=tmp_path / "policy")  # nothing has been asked of it yet, as after a stop
+    model = roles.language_model("policy")
+    assert roles.depth > 0
+    with torch.no_grad():
+        expected = trained.language_model("policy")(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, **CLOSE)

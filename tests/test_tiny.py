@@ -126,6 +126,7 @@ def test_another_kl_coefficient_runs_ppo_and_evaluate_only(workspace: Path) -> N
     assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':"]
 
 
+@pytest.mark.thorough
 def test_without_baselines_their_stage_leaves_a_note_and_nothing_else_changes(workspace: Path) -> None:
     before = json.loads((workspace / "metrics/evaluate.json").read_text())
     apply_overrides(["dpo.epochs=0", "evaluate.best_of_n=[]"], root=workspace)

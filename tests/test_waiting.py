@@ -17,7 +17,7 @@ from toy import PROJECT
 
 from flows.server import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 FLOW = """
 import json, os, signal, sys
@@ -98,7 +98,7 @@ class Waits:
         """The flow run, once its state is of this kind and says so."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            found = self.api("flow_runs/filter")
+            found = self.api("flow_runs/filter", sort="START_TIME_DESC", flows={"name": {"any_": ["waits"]}})
             if found and found[0]["state_type"] == kind and message in (found[0]["state"]["message"] or ""):
                 return dict(found[0])
             time.sleep(0.1)
