@@ -20,7 +20,9 @@ PROMPT = (("user", "How do I boil an egg?"),)
 LOOKS = [Look(PROMPT, "good " * (number % 3), f"other {number} good") for number in range(9)]
 TRUTH = [0.5 + {0: -0.4, 1: 0.0, 2: 0.4}[number % 3] for number in range(9)]
 
-PASSING = ["slow", "drip", "cut off", "closed", "429", "429 with a wait", "500", "503 as a page"]
+SLOW = ["slow", "drip"]
+SLOW_FOR_GOOD = [pytest.param(name, marks=pytest.mark.thorough) for name in SLOW]
+PASSING = ["cut off", "closed", "429", "429 with a wait", "500", "503 as a page"]
 INVALID = [
     "half of the JSON", "a page", "no choices", "no text", "wrong labels", "wrong confidence", "confidence beyond 1",
     "no reason", "another language", "half an answer", "deep", "1 MB", "not even text",
@@ -173,7 +175,7 @@ def test_the_progress_line_tells_the_cost(judge: Callable[..., EndpointComparer]
 # ---- a service that misbehaves
 
 
-@pytest.mark.parametrize("behaviour", [*PASSING, *INVALID])
+@pytest.mark.parametrize("behaviour", [*SLOW, *PASSING, *INVALID])
 def test_a_lapse_costs_one_more_request_and_nothing_else(
     service: Service, judge: Callable[..., EndpointComparer], behaviour: str
 ) -> None:
@@ -185,7 +187,7 @@ def test_a_lapse_costs_one_more_request_and_nothing_else(
     assert len(service.requests) == 10
 
 
-@pytest.mark.parametrize("behaviour", [*PASSING, *INVALID, *FINAL])
+@pytest.mark.parametrize("behaviour", [*SLOW_FOR_GOOD, *PASSING, *INVALID, *FINAL])
 def test_a_service_that_goes_wrong_for_good_stops_the_run_and_the_next_asks_only_what_is_missing(
     service: Service, judge: Callable[..., EndpointComparer], tmp_path: Path, behaviour: str
 ) -> None:
@@ -213,7 +215,7 @@ def test_a_judge_that_stopped_can_be_asked_again(service: Service, judge: Callab
     assert len(service.requests) == 10
 
 
-@pytest.mark.parametrize("behaviour", [*PASSING, *INVALID, *FINAL])
+@pytest.mark.parametrize("behaviour", [*SLOW_FOR_GOOD, *PASSING, *INVALID, *FINAL])
 def test_several_at_once_keep_what_they_were_told_when_the_service_goes_wrong(
     service: Service, judge: Callable[..., EndpointComparer], tmp_path: Path, behaviour: str
 ) -> None:
