@@ -27,6 +27,7 @@ import yaml
 
 from rlhf_core.config import Params, check_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError
+from tasks.mending import mend
 
 STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate")
 PARAMS = "params.yaml"
@@ -92,6 +93,8 @@ def run_stage(
         StageFailed: the stage or DVC ended with an error.
     """
     root = root or find_root()
+    for line in mend(root):
+        on_line(line)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), stage]
     metrics = root / "metrics" / f"{stage}.json"
     last_metrics = metrics.read_bytes() if metrics.is_file() else None

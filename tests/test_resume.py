@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from toy import PROJECT, child_environment, store
 
 from flows.recipe import make_workspace
+from tasks.mending import mend
 from tasks.pipeline import apply_overrides
 from tasks.stage import ENDED, TIMINGS
 
@@ -35,6 +36,7 @@ def workspace(folder: Path) -> Path:
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     env = child_environment(folder)
+    mend(folder)  # as `rlhf run` does: a kill may fall into the moment in which DVC writes a file in place
     with (folder / "repro.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=env, stdout=log, stderr=log)
 
