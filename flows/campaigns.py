@@ -13,9 +13,11 @@ HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=HELP)
 Name = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="Its workspace is .rlhf/CAMPAIGN.")]
 AnnotatorName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        metavar="WHO", help="Who judges: people, judge (section judge of params.yaml), or a rule such as rule:short."
+        metavar="WHO",
+        help="Who judges: people, judge (section judge of params.yaml), or a rule such as rule:short; "
+        "preferences.annotator if not given.",
     ),
 ]
 Recipe = Annotated[str | None, typer.Option(metavar="NAME", help="Begin with recipes/NAME.yaml, such as: tiny")]
@@ -56,7 +58,7 @@ def run(
     until: Annotated[
         int | None, typer.Option(min=0, help="Stop when this round is over, however many that are.")
     ] = None,
-    annotator: AnnotatorName = "people",
+    annotator: AnnotatorName = None,
     recipe: Recipe = None,
     overrides: Overrides = None,
     hours: Hours = 72.0,
@@ -117,7 +119,7 @@ def serve(
     cron: Annotated[
         str | None, typer.Option(help='When a round begins by itself, such as "0 18 * * 5": Fridays at six.')
     ] = None,
-    annotator: AnnotatorName = "people",
+    annotator: AnnotatorName = None,
     hours: Hours = 72.0,
     judgements: Judgements = None,
     overlap: Overlap = 1,

@@ -42,9 +42,9 @@ from flows.campaign import (
 )
 from flows.rlhf import bring_up_to_date
 from flows.waiting import close_lost_run, pages, wait_for_people
-from rlhf_core.config import Params
+from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, RLHFError
-from rlhf_core.feedback.annotators import Annotator, Item, rule
+from rlhf_core.feedback.annotators import Annotator, Item, Judgement, rule
 from tasks.environment import record_folder
 from tasks.files import write_jsonl
 from tasks.pipeline import find_root, version_data, workspace_lock
@@ -83,7 +83,7 @@ def online(
     name: Annotated[str, Field(title="Campaign")] = "online",
     rounds: Annotated[int, Field(title="Rounds", ge=0, le=1000)] = 1,
     until: Annotated[int | None, Field(title="Until round", ge=0)] = None,
-    annotator: Annotated[str, Field(title="Annotator")] = PEOPLE,
+    annotator: Annotated[str | None, Field(title="Annotator")] = None,
     recipe: Annotated[str | None, Field(title="Recipe")] = None,
     overrides: Annotated[list[str], Field(title="Overrides")] = [],  # noqa: B006  (never changed; the form shows a list)
     waiting: Annotated[Waiting, Field(title="Waiting for people")] = Waiting(),  # noqa: B008  (frozen in the form)
@@ -96,24 +96,26 @@ def online(
         rounds: How many rounds to run now, round 0 not counted.
         until: Run on until this round is over, in place of a number of rounds; the same run twice then does nothing.
         annotator: Who judges: people, on the pages of rlhf feedback; judge, the model of params.yaml's section judge;
-            or rule:NAME.
+            or rule:NAME. What the campaign's preferences.annotator says if empty.
         recipe: Begin the campaign with the values of recipes/NAME.yaml.
         overrides: Begin it with other values of params.yaml, one `section.key=value` a line.
         waiting: How long to wait for people, and where they judge.
         retries: How often a stage that crashed is started again.
     """
     try:
-        check_annotator(annotator)  # a wrong name is told now, and not after an hour of sampling
+        check_annotator(annotator or PEOPLE)  # a wrong name is told now, and not after an hour of sampling
         project = find_root()
         if project.parent.name == ".rlhf":  # the flow was started in a workspace
             project = project.parents[1]
         campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides)
         with chdir(campaign.folder), workspace_lock(campaign.folder):
             check_disk(campaign.folder)
+            who = annotator or load_params("campaign.yaml").preferences.annotator
+            check_annotator(who)
             _take_over(campaign)
             last = until if until is not None else max(campaign.next_round() - 1, 0) + rounds
             while campaign.next_round() <= last:
-                _run_round(campaign, annotator, waiting, retries)
+                _run_round(campaign, who, waiting, retries)
             decisions = campaign.decisions()
             create_markdown_artifact(
                 overview(campaign.name, decisions), key="rounds", description=f"All rounds of {name}"
@@ -197,7 +199,7 @@ def open_annotator(name: str, number: int, params: Params) -> Annotator:
     from rlhf_core.data import load_prepared
     from rlhf_core.feedback.judges import admit, open_judge
 
-    judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judgements.db")
+    judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db")
     admit(judge, load_prepared(Path("data/prepared"), "rankings", ["test"]), params.judge)
     return judge
 
@@ -232,11 +234,16 @@ def judge(name: str, number: int, rows: Sequence[dict[str, Any]], params: Params
     found = []
     for row, said in zip(rows, annotator.judge(items), strict=True):
         if len(set(said.ranks)) > 1:
-            about = {"source": annotator.source, "annotator": annotator.name, "comment": said.reason}
-            scores = {"scores": said.scores} if said.scores else {}
-            found.append({**row, "ranks": list(said.ranks), **about, **scores})
+            found.append({**row, **as_ranking(said, annotator)})
     get_run_logger().info(f"{annotator.name} ranked the answers to {len(found)} of {len(rows)} prompts")
     return found
+
+
+def as_ranking(said: Judgement, annotator: Annotator) -> dict[str, Any]:
+    """What a ranking of docs/data.md says of its judgement: ranks, source, annotator, how sure, and scores if given."""
+    about = {"source": annotator.source, "annotator": annotator.name, "confidence": round(said.confidence, 4)}
+    scores = {"scores": said.scores} if said.scores else {}
+    return {"ranks": list(said.ranks), **about, "comment": said.reason, **scores}
 
 
 def _ask(campaign: Campaign, number: int, rows: list[dict[str, Any]], waiting: Waiting) -> list[dict[str, Any]]:

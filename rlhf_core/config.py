@@ -150,6 +150,10 @@ class Reward(Supervised):
 class PPO(Training):
     """Proximal policy optimisation against the reward model."""
 
+    reward: Literal["reward", "judge"] = Field(
+        description="Whose word is climbed, by the name of its section: the model of stage reward, or what section "
+        "judge describes, by how much it prefers a response to the SFT policy's own (Lee et al. 2023, direct RLAIF)."
+    )
     updates: int = Field(ge=1, description="Rounds of sampling and learning.")
     rollouts: int = Field(ge=2, description="Responses sampled an update.")
     samples_per_prompt: int = Field(ge=1, description="How many of them share a prompt.")
@@ -307,6 +311,11 @@ class Preferences(Section):
     """Which prompts are answered to be judged in a round of an online campaign, and how."""
 
     round: int = Field(ge=0, description="Number of the campaign's round, by which runs are compared; 0 outside one.")
+    annotator: str = Field(
+        pattern=r"^(people|judge|rule:.+)$",
+        description="Who ranks the answers unless `--annotator` says another: people on the pages of rlhf feedback; "
+        "judge, the AI of section judge; or rule:NAME.",
+    )
     seed: int = Field(ge=0, description="Seeds the choice of prompts and the sampling.")
     policy: str = Field(description="Folder of the policy that answers.")
     choose: Literal["all", "random", "disagreement"] = Field(
@@ -364,6 +373,8 @@ class Params(Section):
     def _has_a_spread_to_weigh(self) -> "Params":
         if self.ppo.spread_coef > 0 and self.reward.members < 2:
             raise ValueError(f"ppo.spread_coef {self.ppo.spread_coef:g} needs reward.members above 1; one has none")
+        if self.ppo.spread_coef > 0 and self.ppo.reward == "judge":
+            raise ValueError(f"ppo.spread_coef {self.ppo.spread_coef:g} is for ppo.reward reward; a judge is but one")
         return self
 
 

@@ -1,17 +1,21 @@
 """Stage ppo: the policy that climbs the reward model. The algorithm is rlhf_core/ppo.py, from top to bottom."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.models import Roles, load_tokenizer
-from rlhf_core.ppo import POLICY, VALUE, add_roles, train_ppo
+from rlhf_core.ppo import POLICY, VALUE, Score, add_roles, train_ppo
+from rlhf_core.records import Prompt
+from tasks.environment import record_folder
 from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
 from tasks.reward import FOLDERS as REWARD_FOLDERS
 from tasks.sft import MODEL as SFT_MODEL
-from tasks.stage import require_watched, stage_run
+from tasks.stage import StageRun, require_watched, stage_run
 
 POLICY_FOLDER, VALUE_FOLDER = "artifacts/ppo/policy", "artifacts/ppo/value"
 SAMPLES = Path("artifacts/ppo/samples.jsonl")
@@ -23,21 +27,53 @@ def main() -> None:
         config = run.params.ppo
         require_watched(run, "ppo.start", config.start)
         tokenizer = load_tokenizer(BASE)
-        prompts = [
-            encode_prompt(tokenizer, record.prompt, run.params.prepare.system)
-            for record in load_prepared(PREPARED, "prompts", SPLITS)
-        ]
+        records = load_prepared(PREPARED, "prompts", SPLITS)
+        prompts = [encode_prompt(tokenizer, record.prompt, run.params.prepare.system) for record in records]
         run.log_dataset("prepared", PREPARED, prompts=len(prompts))
         torch.manual_seed(config.seed)
         roles = Roles(SFT_MODEL, config)
         add_roles(roles, REWARD_FOLDERS["reward"], method=config.method, start=config.start)
-        final, shown = train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=run, checkpoints=run.checkpoints)
+        score = judge_score(run, roles, records, prompts, tokenizer) if config.reward == "judge" else None
+        final, shown = train_ppo(
+            roles, prompts, config, tokenizer=tokenizer, tracker=run, checkpoints=run.checkpoints, score=score
+        )
         if run.main:
             roles.save(POLICY, POLICY_FOLDER)
             roles.save(VALUE, VALUE_FOLDER)
             write_jsonl(SAMPLES, shown)
         run.finish_metrics(final)
         run.register_model("policy", POLICY_FOLDER, final)
+
+
+def judge_score(
+    run: StageRun,
+    roles: Roles,
+    records: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Score:
+    """The judge of section judge in the reward model's place, once it has shown that it judges well enough.
+
+    Args:
+        records, prompts: what may be asked, and the token ids of each.
+
+    Raises:
+        RLHFError: there is no such judge, DVC would not see its weights change, or it misses the bar.
+    """
+    from rlhf_core.feedback.judges import admit, open_judge
+    from rlhf_core.feedback.scoring import JudgeScore
+
+    params, judge = run.params, None
+    if params.judge.kind in ("local", "reward"):
+        require_watched(run, "judge.model", params.judge.model)
+    if run.main:
+        judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db")
+        if params.judge.bar > 0:
+            found = admit(judge, load_prepared(PREPARED, "rankings", ["test"]), params.judge).agreement
+            print(f"ppo      the judge {judge.name} agrees with {found.mean:.1%} of known answers", flush=True)
+    by_ids = {tuple(ids): record.prompt for ids, record in zip(prompts, records, strict=True)}
+    tokens = params.ppo.response_tokens
+    return JudgeScore(judge, roles, by_ids, tokenizer=tokenizer, max_tokens=tokens)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
         PPO,
         {
             **LORA,
+            "reward": "reward",
             "updates": 1,
             "rollouts": 8,
             "samples_per_prompt": 1,

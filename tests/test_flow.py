@@ -246,3 +246,29 @@ def test_the_table_has_a_place_for_baselines_where_there_are_some() -> None:
     assert "| | base | SFT | DPO | PPO |\n|---|---:|---:|---:|---:|\n| reward | 1.00 | 2.00 | 3.00 | 4.00 |" in text
     assert "- PPO against DPO: 50% of comparisons won" in text
     assert "- Best of 4 SFT answers by the reward model: reward 1.50, gold reward 0.75, KL to SFT at most 0.6" in text
+
+
+def test_what_a_judge_says_is_a_ranking_that_tells_who_and_how_sure() -> None:
+    from flows.online import as_ranking
+    from rlhf_core.data import parse_ranking
+    from rlhf_core.feedback.annotators import Item, Judgement
+    from rlhf_core.feedback.pairs import Opinion, PairwiseJudge
+
+    class Comparer:
+        name = "ai-judge"
+
+        def compare(self, looks):
+            return [Opinion(0.9 if look.first == "good" else 0.2) for look in looks]
+
+        def costs(self):
+            return {}
+
+    judge = PairwiseJudge(Comparer())
+    [said] = judge.judge([Item((("user", "Q?"),), ("bad", "good"))])
+    row = {"prompt": "Q?", "responses": ["bad", "good"], **as_ranking(said, judge)}
+    assert (row["ranks"], row["source"], row["annotator"]) == ([2, 1], "ai", "ai-judge")
+    assert row["confidence"] == pytest.approx(0.7)  # p = (0.2 + 1 - 0.9) / 2 = 0.15
+    assert parse_ranking(row).source == "ai"
+    assert "scores" not in row
+    scored = as_ranking(Judgement((1, 2), {"reward": [0.5, 0.1]}), judge)
+    assert parse_ranking({"prompt": "Q?", "responses": ["a", "b"], **scored}).scores == {"reward": [0.5, 0.1]}

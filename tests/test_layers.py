@@ -60,7 +60,9 @@ ALLOWED = {
     "prepare": {"models", "functional", "processes"},  # only where a model's folder is found
     "sft": {"base"},  # what it did lies in artifacts/base; so for the stages after
     "reward": {"base"},
-    "ppo": {"base"},
+    # The code of judges: a run with the reward model, the usual one, need not be repeated for it. DVC watches the
+    # section judge, and what a judge on this machine computes with.
+    "ppo": {"base", "annotators", "chat", "endpoint", "judges", "local", "pairs", "quality", "scoring", "statistics"},
     "dpo": {"base"},
     "evaluate": {"base", "checkpoints", "optimisation"},  # the last two of the loops, whose other functions it uses
 }

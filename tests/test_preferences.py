@@ -15,6 +15,7 @@ from rlhf_core.tracking import NullTracker
 
 VALUES: dict[str, Any] = {
     "round": 1,
+    "annotator": "people",
     "seed": 0,
     "policy": "",
     "choose": "random",

@@ -142,3 +142,22 @@ def test_without_baselines_their_stage_leaves_a_note_and_nothing_else_changes(wo
     shutil.rmtree(workspace / "artifacts/dpo")
     dvc(workspace, "checkout", "dpo")
     assert (workspace / "artifacts/dpo/policy/none.json").is_file()
+
+
+def test_another_judge_runs_nothing_where_none_is_asked(workspace: Path) -> None:
+    before = (workspace / "params.yaml").read_text()
+    apply_overrides(["judge.kind=rule", "judge.model=reader", "judge.bar=0"], root=workspace)
+    assert "ppo" not in dvc(workspace, "status")
+    (workspace / "params.yaml").write_text(before)
+
+
+@pytest.mark.thorough
+def test_ppo_takes_the_judges_word_and_dvc_watches_the_judge_then(workspace: Path) -> None:
+    judge = ["ppo.reward=judge", "judge.kind=rule", "judge.bar=0", "preferences.annotator=judge"]
+    for model in ("short", "reader"):
+        apply_overrides([*judge, f"judge.model={model}"], root=workspace)
+        ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
+        assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':"]
+        samples = (workspace / "artifacts/ppo/samples.jsonl").read_text().splitlines()
+        assert {json.loads(line)["score"] for line in samples} <= {-1.0, 0.0, 1.0}
+        assert "up to date" in dvc(workspace, "status")
