@@ -59,6 +59,7 @@ def about() -> None:
     - `rlhf run -S ppo.kl_coef=0.1` changes one value and runs only what hangs on it
     - `rlhf compare HEAD` shows what that changed, and `rlhf ui` opens all runs in MLflow
     - `rlhf frontier` places PPO beside DPO and best-of-n, over all runs
+    - `rlhf sweep` weighs two axes against each other, such as helpful and harmless, and draws what can be had of both
     - `rlhf feedback` lets people judge: is PPO better than SFT, which responses are best
     - `rlhf judge-check` says how far a model could judge in their place
     - `rlhf online` learns on from what they say, in rounds
@@ -242,6 +243,51 @@ def frontier(
 
 
 @app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(metavar="SWEEP", help="Its shared workspace is .rlhf/SWEEP.")] = "sweep",
+    axes: Annotated[
+        str, typer.Option(metavar="A,B", help="The two axes of the rankings' scores that the frontier is over.")
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(metavar="W,W,…", help="A point each: B weighs this, A the rest up to 1. From 0 to 1.")
+    ] = "",
+    limits: Annotated[
+        str,
+        typer.Option(metavar="D,D,…", help="A point each: A is climbed while the mean cost, minus B, is at most this."),
+    ] = "",
+    recipe: Annotated[str | None, typer.Option(metavar="NAME", help="Begin with recipes/NAME.yaml.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Begin with another value of params.yaml."),
+    ] = None,
+) -> None:
+    """Run the pipeline at several weights or limits of two axes, and draw one Pareto frontier.
+
+    Each point is a run in a workspace of its own and in MLflow. A sweep that was stopped goes on when it is started
+    again; points that are done are Cached, and new weights or limits come on top.
+
+    - `rlhf sweep safety --axes helpfulness,harmlessness --weights 0,0.25,0.5,0.75,1 --limits=-0.3`
+    - `rlhf sweep safety --limits=-0.6` adds a point
+    """
+    project = find_root()
+    if not recipe and (missing := preflight.problems(str(project))):
+        raise ResourceError("\n".join(missing))
+    shares = _numbers("--weights", weights)
+    if any(not 0 <= share <= 1 for share in shares):
+        _usage(f"Found --weights {weights}, expected numbers from 0 to 1.")
+    limited = _numbers("--limits", limits)
+    from flows.server import use_server
+
+    use_server(project)
+    from flows.frontier import sweep as run_sweep
+
+    run_sweep(
+        name=name, axes=[axis.strip() for axis in axes.split(",") if axis.strip()], weights=shares,
+        limits=limited, recipe=recipe, overrides=overrides or [],
+    )  # fmt: skip
+
+
+@app.command()
 def chat(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Whose policy answers: base, sft, ppo or dpo.")],
     temperature: Annotated[float | None, typer.Option(min=0.01, help="As in evaluate if not given.")] = None,
@@ -310,6 +356,13 @@ def _load_tools() -> None:
         raise
     except Exception:  # noqa: S110  (a tracking server that is away stops no run; the tracker says so itself)
         pass
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        _usage(f"Found {option} {text}, expected numbers with commas between them, such as 0,0.5,1.")
 
 
 def _check_stage(name: str) -> None:

@@ -193,6 +193,32 @@ class PPO(Training):
         description="Taken off each score: this times the deviation over the reward model's members, so that what they "
         "disagree about is not climbed (Coste et al. 2023). Needs reward.members above 1.",
     )
+    objective: Literal["score", "weighted", "lexicographic", "constrained"] = Field(
+        description="What is climbed: the reward model's score; its axes by axis_weights; its axes in axis_order, each "
+        "counting once those before it have reached their thresholds (Gábor et al. 1998); or the score, or what "
+        "axis_weights make, while the mean cost stays within cost_limit (Dai et al. 2023). Axes: see reward.axes."
+    )
+    axis_weights: dict[str, float] = Field(
+        description="weighted, constrained: the weight of each axis; below 0 for what there should be less of. "
+        "Constrained without any climbs the score."
+    )
+    axis_order: tuple[str, ...] = Field(description="lexicographic: the axes, the most important one first.")
+    thresholds: dict[str, float] = Field(
+        description="lexicographic: of each axis in axis_order but the last, the score from which the next one counts. "
+        "Reward units of the axis, above -score_clip."
+    )
+    cost_axis: str = Field(
+        description="constrained: the axis whose normalised score is, with the opposite sign, a response's cost; a "
+        "cost of 0 is what SFT has on average. Empty for none."
+    )
+    cost_limit: float = Field(description="constrained: what the mean cost may be at most, reward units of the axis.")
+    lambda_init: float = Field(gt=0, description="constrained: the cost's first weight λ, learned from there on.")
+    lambda_min: float = Field(gt=0, description="constrained: λ never falls below this, so that it can come back.")
+    lambda_max: float = Field(gt=0, description="constrained: λ never rises above this.")
+    lambda_learning_rate: float = Field(
+        gt=0, description="constrained: step of log λ, an update and unit that the mean cost is above its limit."
+    )
+    cost_memory: int = Field(ge=1, description="constrained: updates over which the mean cost moves.")
     missing_eos_penalty: float = Field(ge=0, description="Taken off the score of a response that never stopped.")
     early_stop_kl: float = Field(
         gt=0, description="End an update's epochs once approx-KL to the old policy passes this."
@@ -219,6 +245,50 @@ class PPO(Training):
         if self.value_warmup_updates >= self.updates:
             raise ValueError(f"value_warmup_updates {self.value_warmup_updates} leaves none of {self.updates} updates")
         return self
+
+    @model_validator(mode="after")
+    def _says_what_its_objective_needs(self) -> "PPO":
+        used = {"weighted": ("axis_weights",), "lexicographic": ("axis_order", "thresholds"),
+                "constrained": ("axis_weights", "cost_axis")}.get(self.objective, ())  # fmt: skip
+        for key in ("axis_weights", "axis_order", "thresholds", "cost_axis"):
+            value = getattr(self, key)
+            if value and key not in used:
+                raise ValueError(f"{key} {_shown(value)} has no effect with objective {self.objective}; leave it empty")
+            if not value and key in used and (self.objective, key) != ("constrained", "axis_weights"):
+                raise ValueError(f"{key} is empty, and objective {self.objective} needs it")
+        if self.objective != "score" and self.reward == "judge":
+            raise ValueError(f"reward judge gives one number, and objective {self.objective} needs axes of a model")
+        if self.objective == "lexicographic":
+            wanted = self.axis_order[:-1]
+            if not wanted or len(set(self.axis_order)) < len(self.axis_order):
+                raise ValueError(f"axis_order {_shown(self.axis_order)}: expected two axes or more, each once")
+            if set(self.thresholds) != set(wanted):
+                raise ValueError(
+                    f"thresholds {_shown(self.thresholds)}: expected one each of {', '.join(wanted)}, which is "
+                    "axis_order but its last"
+                )
+            for axis, threshold in self.thresholds.items():
+                if threshold <= -self.score_clip:
+                    raise ValueError(f"thresholds.{axis} {threshold:g} is not above -score_clip {-self.score_clip:g}")
+            if self.spread_coef > 0:
+                raise ValueError(f"spread_coef {self.spread_coef:g} has no meaning with objective lexicographic")
+        if self.objective == "constrained":
+            if not self.lambda_min <= self.lambda_init <= self.lambda_max:
+                raise ValueError(
+                    f"lambda_init {self.lambda_init:g} is not between lambda_min {self.lambda_min:g} and lambda_max "
+                    f"{self.lambda_max:g}"
+                )
+            if self.whiten_rewards:
+                raise ValueError(
+                    "whiten_rewards true with objective constrained would scale the KL in reward and cost otherwise, "
+                    "so that its weight hangs on λ; expected false"
+                )
+        return self
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The reward model's axes that the objective names."""
+        return tuple(dict.fromkeys([*self.axis_weights, *self.axis_order, *filter(None, [self.cost_axis])]))
 
 
 class DPO(Supervised):
@@ -376,6 +446,23 @@ class Params(Section):
         if self.ppo.spread_coef > 0 and self.ppo.reward == "judge":
             raise ValueError(f"ppo.spread_coef {self.ppo.spread_coef:g} is for ppo.reward reward; a judge is but one")
         return self
+
+    @model_validator(mode="after")
+    def _has_the_axes_to_climb(self) -> "Params":
+        for key in ("axis_weights", "axis_order", "cost_axis"):
+            value = getattr(self.ppo, key)
+            for axis in [value] if isinstance(value, str) and value else value:
+                if axis not in self.reward.axes:
+                    held = ", ".join(self.reward.axes) or "none"
+                    raise ValueError(f"ppo.{key} names {axis!r}; expected one of reward.axes: {held}")
+        return self
+
+
+def _shown(value: Any) -> str:
+    """A list, mapping or word of params.yaml as it could stand there."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {one:g}" for key, one in value.items()) + "}"
+    return value if isinstance(value, str) else "[" + ", ".join(value) + "]"
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

@@ -25,7 +25,7 @@ from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.sft import encode_demonstrations, perplexity
-from rlhf_core.statistics import distinct_n, length_controlled_win_rate, longest_wins, win_rate
+from rlhf_core.statistics import cluster_bootstrap, distinct_n, length_controlled_win_rate, longest_wins, win_rate
 from rlhf_core.tracking import Tracker
 
 POLICIES = ("base", "sft", "ppo")  # of every run; "dpo" may come on top
@@ -73,6 +73,7 @@ def evaluate_policies(
     system: str,
     tracker: Tracker,
     policies: Sequence[str] = POLICIES,
+    cost_axis: str = "",
 ) -> Evaluation:
     """Sample every policy on every prompt, score, and compare.
 
@@ -81,6 +82,7 @@ def evaluate_policies(
         tuned: the SFT model, with roles "reward" and "gold", and one for each policy beyond base and sft.
         prompts, demonstrations: the test split.
         policies: who is judged.
+        cost_axis: the axis of the models whose score is a cost with the opposite sign; empty for none.
     """
     encoded = [encode_prompt(tokenizer, record.prompt, system) for record in prompts]
     examples = encode_demonstrations(
@@ -125,6 +127,7 @@ def evaluate_policies(
             tracker.progress(done, total, unit="passes", tokens=tokens, note=note)
         metrics[policy] = {
             **_summary(sampled[policy]),
+            **axis_intervals(sampled[policy], config, cost_axis=cost_axis),
             "perplexity": perplexity(roles, role, examples, tokenizer.pad_token_id),
             "greedy": _summary(greedy[policy]),
         }
@@ -180,7 +183,41 @@ def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluat
         "longest_wins": longest_wins(longer),
         "prompts": len(set(clusters)),
         "comparisons": len(pairs),
+        **_wins_by_axis(pairs, clusters, **options),
     }
+
+
+def _wins_by_axis(
+    pairs: Sequence[tuple[Response, Response]], clusters: Sequence[int], **options: int
+) -> dict[str, Any]:
+    """Win rates by the gold model's head of each axis, under "gold_axes"; nothing where it has none."""
+    found = {}
+    for axis in pairs[0][0].gold_axes:
+        wins = [_outcome(ours.gold_axes[axis], theirs.gold_axes[axis]) for ours, theirs in pairs]
+        rate = win_rate(wins, clusters, **options)
+        found[axis] = {"win_rate": rate.mean, "win_rate_low": rate.low, "win_rate_high": rate.high}
+    return {"gold_axes": found} if found else {}
+
+
+def axis_intervals(responses: Sequence[Response], config: Evaluate, *, cost_axis: str = "") -> dict[str, Any]:
+    """Ends of the 95 % interval of each axis's mean score, by a bootstrap over prompts, and the mean cost with its own.
+
+    A cost is the normalised score with the opposite sign, by the reward model and by the gold one.
+    """
+    found: dict[str, Any] = {}
+    for judge, cost in (("reward_axes", "cost"), ("gold_axes", "gold_cost")):
+        for axis in getattr(responses[0], judge):
+            by_prompt: dict[int, list[float]] = {}
+            for each in responses:
+                by_prompt.setdefault(each.prompt, []).append(getattr(each, judge)[axis])
+            mean, low, high = cluster_bootstrap(
+                list(by_prompt.values()), samples=config.bootstrap_samples, seed=config.seed
+            )
+            found.setdefault(f"{judge}_low", {})[axis] = low
+            found.setdefault(f"{judge}_high", {})[axis] = high
+            if axis == cost_axis:
+                found |= {cost: -mean, f"{cost}_low": -high, f"{cost}_high": -low}
+    return found
 
 
 @torch.no_grad()

@@ -16,6 +16,12 @@ from rlhf_core.charts import COLOURS, house_style, new_axes, number, plain, root
 
 MARKS = {"SFT": ("o", "sft"), "PPO": ("o", "ppo"), "DPO": ("D", "dpo"), "best of": ("s", "gold")}
 JUDGES = {"gold_reward": "Gold reward", "reward": "Reward that PPO was trained on"}
+LEAD = (
+    "What each method reaches on held-out prompts, and how far from the SFT policy it went for it. Up and to the left "
+    "is better. A score is bold, and its mark has a number, where no other point reaches as much at no more distance. "
+    "The gold judge is the one to believe: no policy was trained on it. The KL of best-of-n is an upper bound, "
+    "log n − (n − 1)/n."
+)
 CORNERS = ((-11, 9), (11, -9), (11, 9), (-11, -9))  # of a mark, points
 KEY = "● SFT and PPO   ◆ DPO   ■ best of n SFT answers   grey: beaten"
 
@@ -69,7 +75,15 @@ def render_frontier(groups: Sequence[Group]) -> str:
         "These runs differ in their judge, SFT policy, held-out prompts or sampling, so scores of one section say "
         "nothing about those of another."
     )
-    return PAGE.format(note=Markup("<p>{}</p>").format(apart) if len(groups) > 1 else "", body=Markup("").join(parts))
+    note = Markup("<p>{}</p>").format(apart) if len(groups) > 1 else Markup("")
+    return render_page(
+        title="Reward over distance, across runs", lead=LEAD, body=note + Markup("\n") + Markup("").join(parts)
+    )
+
+
+def render_page(*, title: str, lead: str, body: Markup) -> str:
+    """A page that stands alone, in this look; title and lead are text."""
+    return PAGE.format(title=title, lead=lead, body=body)
 
 
 def _chart(points: Sequence[Point], judge: str) -> Markup:
@@ -87,7 +101,7 @@ def _chart(points: Sequence[Point], judge: str) -> Markup:
             labels.append((x, y, str(place), colour))
             said.append(f"{place}, {point.method} of {plain(point.run)}: {number(y)} at √KL {number(x)}")
     axes.margins(x=0.09, y=0.12)
-    _number(axes, labels)
+    number_marks(axes, labels)
     axes.set_xlabel("√KL to SFT")
     axes.locator_params(axis="y", nbins=6)
     axes.yaxis.set_major_formatter(lambda value, _: short(value))
@@ -97,7 +111,7 @@ def _chart(points: Sequence[Point], judge: str) -> Markup:
     )
 
 
-def _number(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+def number_marks(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
     """Write a number beside each mark, at the corner of it where none stands yet."""
     axes.autoscale_view()
     taken: list[Any] = []
@@ -147,7 +161,7 @@ PAGE = Markup(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="color-scheme" content="light dark">
-<title>RLHF runs: reward over distance</title>
+<title>RLHF runs: {title}</title>
 <style>
 :root {{
   --paper: #fdfcf9; --ink: #1d1c1a; --muted: #66625b; --grid: #cfcac0; --base: #6b6b6b;
@@ -178,11 +192,8 @@ tbody th {{ white-space: nowrap; }} .on {{ font-weight: 700; }} .beaten {{ color
 </style>
 </head>
 <body>
-<h1>Reward over distance, across runs</h1>
-<p>What each method reaches on held-out prompts, and how far from the SFT policy it went for it. Up and to the left is
-better. A score is bold, and its mark has a number, where no other point reaches as much at no more distance. The gold
-judge is the one to believe: no policy was trained on it. The KL of best-of-n is an upper bound, log n − (n − 1)/n.</p>
-{note}
+<h1>{title}</h1>
+<p>{lead}</p>
 {body}
 </body>
 </html>

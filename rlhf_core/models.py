@@ -204,6 +204,16 @@ class Roles(nn.Module):
         self._depth = None
         self._views.clear()
 
+    def add_axis(self, role: str, axis: str, weight_1D: Tensor, bias_1: Tensor) -> None:
+        """Give a role that has a scalar head and no axes a further output, with the weights of a linear head."""
+        assert role in self.heads, f"{role} has no scalar head"
+        assert role not in self.axis_heads, f"{role} has axes already"
+        self.axes[role], self.axis_heads[role] = {axis: Normaliser()}, self._new_head(1)
+        with torch.no_grad():
+            head: Any = self.axis_heads[role]
+            head.weight.copy_(weight_1D)
+            head.bias.copy_(bias_1)
+
     def trainable(self, role: str) -> list[nn.Parameter]:
         """The role's own parameters, head included, in a fixed order, with requires_grad set."""
         if role in self.full:
@@ -316,6 +326,12 @@ class Roles(nn.Module):
         """(B, T) raw outputs of the role's scalar head before each response token is emitted; 0 under a False mask."""
         hidden_ND = self.hidden(trunk, role)[trunk.predicts_BS]
         return _spread(self.heads[role](hidden_ND).squeeze(-1).float(), mask_BT.to(self.device))
+
+    def values_by_head(self, trunk: Trunk, role: str, mask_BT: Tensor) -> tuple[Tensor, ...]:
+        """1 + A times (B, T): as `values`, of the scalar head and of each of A axes."""
+        hidden_ND, mask_BT = self.hidden(trunk, role)[trunk.predicts_BS], mask_BT.to(self.device)
+        found = [heads[role](hidden_ND) for heads in (self.heads, self.axis_heads) if role in heads]
+        return tuple(_spread(values_N, mask_BT) for values_N in torch.cat(found, 1).float().unbind(1))
 
     def score_rows(
         self,

@@ -7,7 +7,7 @@ SFT policy. The loop below is the whole algorithm; read it from top to bottom.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core import processes
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO
-from rlhf_core.ensemble import combine, load_ensemble, member_scores, members_of
+from rlhf_core.ensemble import load_ensemble, member_scores, members_of
 from rlhf_core.errors import ConfigError
 from rlhf_core.functional import (
     AdaptiveKL,
     FixedKL,
     RunningMoments,
+    constrained_advantages,
     gae,
     kl_estimate,
     masked_mean,
@@ -33,13 +34,15 @@ from rlhf_core.functional import (
     whiten,
 )
 from rlhf_core.models import REFERENCE, Normaliser, Roles, pack
+from rlhf_core.objectives import as_outputs, multiplier_of, require_axes, worth_of
 from rlhf_core.optimisation import adamw, rate_factor, require_finite, set_rate, step_clipped
 from rlhf_core.records import Rollouts, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.tracking import Tracker
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"
-Score = Callable[[Sampled], Tensor]  # (B,) float, one score a response
+COST = "cost"  # the value model's second head, where a cost is limited
+Score = Callable[[Sampled], Tensor | Mapping[str, Tensor]]  # (B,) float, one score a response; or such by axis
 SHOWN_SAMPLES = 4  # responses an update that go to the table
 
 
@@ -51,17 +54,24 @@ class Measured(NamedTuple):
     scores_B: Tensor
 
 
-def add_roles(roles: Roles, reward_folder: str, *, method: str, start: str = "") -> None:
+def add_roles(roles: Roles, reward_folder: str, *, method: str, start: str = "", cost_axis: str = "") -> None:
     """Give the SFT model PPO's roles: a fresh policy, a frozen reward model, and a value model begun from that.
 
     Of a reward model with several members, the value model begins from the first.
 
     Args:
         start: a folder with policy/ and value/ of an earlier run, to continue from those.
+        cost_axis: the axis of the reward model whose cost is limited; the value model then has a head for that too.
+
+    Raises:
+        ConfigError: the reward model has no such axis.
     """
     roles.add(POLICY, method=method, start=f"{start}/policy" if start else None)
     load_ensemble(roles, REWARD, reward_folder)
-    roles.add(VALUE, head=True, start=f"{start}/value" if start else reward_folder, axes=())
+    begun = f"{start}/value" if start else reward_folder
+    roles.add(VALUE, head=True, start=begun, axes=None if start and cost_axis else ())
+    if cost_axis and COST not in roles.axes[VALUE]:
+        _add_cost_head(roles, cost_axis)
     if start:
         return
     # The value model predicts normalised scores: fold the normalisation into its head, once.
@@ -71,6 +81,18 @@ def add_roles(roles: Roles, reward_folder: str, *, method: str, start: str = "")
         head.weight.div_(std)
         head.bias.sub_(mean).div_(std)
     roles.normalisers[VALUE] = Normaliser()
+
+
+@torch.no_grad()
+def _add_cost_head(roles: Roles, axis: str) -> None:
+    """The value model's second head begins as the reward model's on the axis: normalised, and with the sign turned."""
+    if axis not in roles.axes[REWARD]:
+        held = ", ".join(roles.axes[REWARD]) or "none"
+        raise ConfigError(f"ppo.cost_axis names {axis!r}; expected an axis of the reward model: {held}.")
+    place, (mean, std, _) = list(roles.axes[REWARD]).index(axis), roles.axes[REWARD][axis]
+    heads: Any = roles.axis_heads[REWARD]
+    row = slice(place, place + 1)
+    roles.add_axis(VALUE, COST, -heads.weight[row] / std, (mean - heads.bias[row]) / std)
 
 
 def train_ppo(
@@ -87,9 +109,9 @@ def train_ppo(
 
     Args:
         prompts: token ids of each prompt that may be sampled from.
-        score: what responses are worth, in place of role "reward", which then need not be there. The value model
-            predicts it, so around ±1 is best. Each of several processes asks for all responses and must get the same
-            numbers.
+        score: what responses are worth, in place of role "reward", which then need not be there; for several
+            objectives by the names of their axes, and "score" for what stands beside them. The value model predicts
+            it, so around ±1 is best. Each of several processes asks for all responses and must get the same numbers.
         checkpoints: where a loop that was stopped goes on from.
 
     Returns:
@@ -97,12 +119,15 @@ def train_ppo(
 
     Raises:
         TrainingDiverged: a quantity that was measured, a loss or a gradient is not finite.
-        ConfigError: there are more processes than rollouts, or config.spread_coef has no spread to weigh.
+        ConfigError: there are more processes than rollouts, config.spread_coef has no spread to weigh, or
+            config.objective names an axis that the reward model does not have.
     """
     if config.spread_coef > 0 and (score is not None or len(members_of(roles, REWARD)) < 2):
         raise ConfigError(f"spread_coef {config.spread_coef:g} needs a reward model of two members or more; found one.")
     if config.rollouts < processes.count():
         raise ConfigError(f"rollouts {config.rollouts} leave nothing to do for some of {processes.count()} processes.")
+    if score is None:
+        require_axes(config, list(roles.axes[REWARD]))
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     policy_parameters, value_parameters = roles.trainable(POLICY), roles.trainable(VALUE)
@@ -115,6 +140,7 @@ def train_ppo(
         if config.kl_controller == "adaptive"
         else FixedKL(config.kl_coef)
     )
+    multiplier = multiplier_of(config)
     state = LoopState(
         {"policy": policy_parameters, "value": value_parameters},
         {"policy": policy_optimiser, "value": value_optimiser},
@@ -124,8 +150,12 @@ def train_ppo(
     if so_far is None:
         so_far = {"update": 0, "tokens": 0, "kl_coef": controller.coef, "prompts_left": [], "history": [], "shown": []}
         so_far["moments"] = vars(RunningMoments())
+        if multiplier is not None:
+            so_far["multiplier"] = multiplier.state()
     controller.coef = so_far["kl_coef"]
     moments = RunningMoments(**so_far["moments"])
+    if multiplier is not None:
+        multiplier.restore(so_far["multiplier"])
     history, shown, prompts_left = so_far["history"], so_far["shown"], so_far["prompts_left"]
     for row in shown:  # the table of a run that was stopped went to another record
         tracker.table("ppo/samples", [row], step=row["update"])
@@ -144,8 +174,9 @@ def train_ppo(
             keep_depth=roles.depth,
         )
         rollouts, metrics, scores_B = measure_rollouts(
-            roles, sampled, config, kl_coef=controller.coef, score=score, moments=moments
-        )
+            roles, sampled, config, kl_coef=controller.coef, score=score, moments=moments,
+            multiplier=multiplier.value if multiplier is not None else 0.0,
+        )  # fmt: skip
         factor = rate_factor(update - 1, steps=config.updates, warmup=config.warmup_updates, schedule=config.schedule)
         set_rate(policy_optimiser, config.learning_rate * factor)
         set_rate(value_optimiser, config.value_learning_rate * factor)
@@ -189,6 +220,9 @@ def train_ppo(
             if stopped:
                 break
         controller.update(metrics["ppo/kl"], config.rollouts)
+        if multiplier is not None and learn_policy:  # before, the policy could not answer
+            multiplier.update(metrics["ppo/cost"])
+            metrics["ppo/mean_cost"] = multiplier.mean
         tokens = sum(map(len, sampled.prompts)) + int(sampled.mask_BT.sum())
         so_far["tokens"] += tokens
         metrics |= {name: _mean([step[name] for step in seen if name in step]) for name in seen[0]}
@@ -203,6 +237,9 @@ def train_ppo(
         shown += rows
         tracker.table("ppo/samples", rows, step=update)
         note = f"reward {metrics['ppo/reward']:.2f}  score {metrics['ppo/score']:.2f}  kl {metrics['ppo/kl']:.2f}"
+        if multiplier is not None:
+            note += f"  cost {metrics['ppo/cost']:.2f}  lambda {metrics['ppo/lambda']:.2f}"
+            so_far["multiplier"] = multiplier.state()
         tracker.progress(update, config.updates, unit="updates", tokens=tokens, note=note)
         so_far |= {"update": update, "kl_coef": controller.coef, "moments": vars(moments)}
         checkpoints.offer(update, state, so_far, score=metrics["ppo/reward"])
@@ -224,12 +261,14 @@ def measure_rollouts(
     kl_coef: float,
     score: Score | None = None,
     moments: RunningMoments | None = None,
+    multiplier: float = 0.0,
 ) -> Measured:
     """Everything about the sampled responses that stays fixed while the update learns from them.
 
     Args:
         score: as in `train_ppo`.
         moments: of all scores before; takes in these ones, and has to be given where config.scale_scores is set.
+        multiplier: λ, the weight of the cost where one is limited.
 
     Raises:
         TrainingDiverged: what a model says of the responses is not finite.
@@ -241,11 +280,13 @@ def measure_rollouts(
     packed = pack([sampled.prompts[row] for row in own], [responses[row] for row in own], 0)
     trunk = roles.trunk(packed, states=sampled.states)
     # In pieces of like length, as learning will see them: little padding, and the same rounding.
-    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT = (
-        torch.zeros_like(own_mask_BT, dtype=torch.float) for _ in range(4)
+    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, cost_values_BT = (
+        torch.zeros_like(own_mask_BT, dtype=torch.float) for _ in range(5)
     )
+    limited = config.objective == "constrained"
     judges = [] if score is not None else members_of(roles, REWARD)
-    members_BM = torch.zeros((len(own), max(len(judges), 1)), device=roles.device)
+    axes = list(roles.axes[REWARD]) if judges else []
+    outputs_BMH = torch.zeros((len(own), max(len(judges), 1), 1 + len(axes)), device=roles.device)
     for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
         part, length = trunk.rows(rows), int(own_mask_BT[rows].sum(1).max())
         answer = (own_ids_BT[rows, :length], own_mask_BT[rows, :length])
@@ -253,17 +294,21 @@ def measure_rollouts(
         assert spread is not None
         logprobs_BT[rows, :length], entropy_BT[rows, :length] = found, spread
         ref_logprobs_BT[rows, :length], _ = roles.logprobs(part, REFERENCE, *answer, temperature=config.temperature)
-        values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
+        if limited:
+            values_BT[rows, :length], cost_values_BT[rows, :length] = roles.values_by_head(part, VALUE, answer[1])
+        else:
+            values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
         if score is None:
-            members_BM[rows] = member_scores(roles, part, REWARD)[..., 0]
+            outputs_BMH[rows] = member_scores(roles, part, REWARD)
     # From here on every process has all rows, and computes the same.
-    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, members_BM = (
-        processes.place(part, own, size) for part in (logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, members_BM)
+    logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, cost_values_BT, outputs_BMH = (
+        processes.place(part, own, size)
+        for part in (logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, cost_values_BT, outputs_BMH)
     )
-    scores_B, spread_B, _ = combine(members_BM)
-    scores_B = scores_B - config.spread_coef * spread_B  # conservative: what the members disagree about is worth less
     if score is not None:
-        scores_B = score(sampled).to(scores_B)
+        axes, outputs_BMH = as_outputs(score(sampled), outputs_BMH)
+        require_axes(config, axes)
+    scores_B, spread_B, by_axis, cost_B = worth_of(outputs_BMH, axes, config)
 
     def whole() -> dict[str, Tensor]:
         return pack(sampled.prompts, responses, 0)._asdict()
@@ -273,23 +318,36 @@ def measure_rollouts(
             "A log-probability": logprobs_BT,
             "A log-probability under the reference": ref_logprobs_BT,
             "A value": values_BT,
+            "A value of the cost": cost_values_BT,
         },
         where="ppo",
         batch=whole,
     )
-    require_finite({"A score": scores_B}, where="ppo", batch=whole, limit=math.inf)  # its scale is its own
+    # The scale of these is their own.
+    measured = {"A score": scores_B, **{f"A score on {axis}": found_B for axis, found_B in by_axis.items()}}
+    require_finite(measured, where="ppo", batch=whole, limit=math.inf)
     if config.scale_scores:
         assert moments is not None, "a running scale needs the moments so far"
         moments.update(scores_B)
         scores_B = scores_B / moments.std
-    scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
-    penalised_B = scores_B - config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
+    if config.objective != "lexicographic":  # there each axis is clipped
+        scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
+    penalty_B = config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
+    penalised_B = scores_B - penalty_B
     in_reward = kl_coef if config.kl_penalty == "reward" else 0.0
     rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=in_reward)
     reward_B = rewards_BT.masked_fill(~mask_BT, 0).sum(1)  # in reward units, whatever is whitened after
     if config.whiten_rewards:
         rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False)
     advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+    cost_returns_BT = torch.zeros_like(returns_BT)
+    if cost_B is not None:
+        # KL and missing ends stand in the reward and, with the opposite sign, in the cost: they weigh the same whatever
+        # λ is (see constrained_advantages).
+        paid_B = cost_B.clamp(-config.score_clip, config.score_clip) + penalty_B
+        costs_BT = shape_rewards(paid_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=-in_reward)
+        cost_advantages_BT, cost_returns_BT = gae(costs_BT, cost_values_BT, mask_BT, gamma=config.gamma, lam=config.lam)
+        advantages_BT = constrained_advantages(advantages_BT, cost_advantages_BT, multiplier=multiplier)
     if config.whiten_advantages:
         advantages_BT = whiten(advantages_BT, mask_BT)
     k1_BT = kl_estimate(logprobs_BT, ref_logprobs_BT, estimator="k1").masked_fill(~mask_BT, 0)
@@ -306,9 +364,16 @@ def measure_rollouts(
     }
     if len(judges) > 1:
         metrics["ppo/score_spread"] = spread_B.mean()
-    everything = (ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT)
+    for axis, found_B in by_axis.items():
+        metrics[f"ppo/axes/{axis}/score"] = found_B.mean()
+    everything = [ids_BT, mask_BT, logprobs_BT, ref_logprobs_BT, values_BT, advantages_BT, returns_BT]
+    if cost_B is not None:
+        everything += [cost_values_BT, cost_returns_BT]
+        metrics["ppo/cost"] = cost_B.mean()
     rollouts = Rollouts(trunk, *(part[own] for part in everything))
     numbers = {name: float(value) for name, value in metrics.items()}
+    if limited:
+        numbers["ppo/lambda"] = multiplier
     return Measured(rollouts, {**numbers, "ppo/kl_coef": kl_coef}, scores_B)
 
 
@@ -361,7 +426,10 @@ def losses(
             "ppo/approx_kl": policy.approx_kl.item() * share,
             "ppo/ratio": policy.ratio_mean.item() * share,
         }
-    values_BT = roles.values(part.trunk, VALUE, part.mask_BT)
+    if part.cost_returns_BT is None:
+        values_BT = roles.values(part.trunk, VALUE, part.mask_BT)
+    else:
+        values_BT, cost_values_BT = roles.values_by_head(part.trunk, VALUE, part.mask_BT)
     value = value_loss(
         values_BT,
         part.old_values_BT,
@@ -371,7 +439,23 @@ def losses(
         token_count=token_count,
     )
     require_finite({"A value": values_BT, "The loss": value.loss}, where="ppo's value model", batch=part.tensors)
-    value.loss.backward()
+    whole = value.loss
+    if part.cost_returns_BT is not None:
+        assert part.old_cost_values_BT is not None
+        cost_value = value_loss(
+            cost_values_BT,
+            part.old_cost_values_BT,
+            part.cost_returns_BT,
+            part.mask_BT,
+            clip_range=config.value_clip_range,
+            token_count=token_count,
+        )
+        require_finite(
+            {"A value": cost_values_BT, "The loss": cost_value.loss}, where="ppo's cost value", batch=part.tensors
+        )
+        whole = whole + cost_value.loss
+        found["ppo/cost_value_loss"] = cost_value.loss.item()
+    whole.backward()
     return found | {
         "ppo/value_loss": value.loss.item(),
         "ppo/value_clip_fraction": value.clip_fraction.item() * share,

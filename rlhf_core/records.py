@@ -61,14 +61,17 @@ class Rollouts(NamedTuple):
     old_values_BT: Tensor  # reward units
     advantages_BT: Tensor
     returns_BT: Tensor
+    old_cost_values_BT: Tensor | None = None  # reward units of the cost's axis; these two where a cost is limited
+    cost_returns_BT: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Rollouts":
         """Some of the rows, trimmed to the longest response among them."""
         length = int(self.mask_BT[index].sum(1).max()) if len(index) else 0
-        return Rollouts(self.trunk.rows(index), *(part[index, :length] for part in self[1:]))
+        parts: Any = (None if part is None else part[index, :length] for part in self[1:])
+        return Rollouts(self.trunk.rows(index), *parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name but the trunk's hidden states, which follow from its ids."""
-        own = self._asdict()
+        own = {name: part for name, part in self._asdict().items() if part is not None}
         trunk = own.pop("trunk")
         return {"prompt_and_response_ids_BS": trunk.ids_BS, "prompt_and_response_mask_BS": trunk.mask_BS, **own}

@@ -275,6 +275,13 @@ def checks(evaluate: Mapping[str, Any], reward: Mapping[str, Any]) -> list[Check
         found.append(
             Check("Does it still know the demonstrations?", "yes" if rise <= PERPLEXITY_RISE else "no", because)
         )
+    limit = _get(evaluate, "cost_limit")
+    for name, judge in (("cost", "reward model"), ("gold_cost", "gold judge")):
+        cost, low, high = (_get(evaluate["ppo"], f"{name}{end}") for end in ("", "_low", "_high"))
+        if limit is not None and cost is not None and low is not None and high is not None:
+            because = f"{number(cost)} ({number(low)} to {number(high)}), limit {number(limit)}"
+            answer = "yes" if high <= limit else "no" if low > limit else "unclear"
+            found.append(Check(f"Is the mean cost within its limit, by the {judge}?", answer, because))
     accuracy, longest = _get(reward, "accuracy"), _get(reward, "longest_wins")
     if accuracy is not None and longest is not None:
         because = f"{percent(accuracy)} of held-out pairs right, “longest wins” {percent(longest)}"
@@ -317,6 +324,8 @@ ROWS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("response_length", "Response length", "tokens", lambda v: number(v, 1)),
     ("eos_rate", "Finished", "share of answers that end by themselves", percent),
     ("distinct_2", "Distinct bigrams", "share of bigrams that are no repeats", percent),
+    ("cost", "Cost", "the reward model’s score on the limited axis, with the opposite sign", number),
+    ("gold_cost", "Gold cost", "the same by the judge", number),
 )
 
 
@@ -329,8 +338,12 @@ def _table(evaluate: Mapping[str, Any], *, greedy: bool) -> list[tuple[str, str,
     """(name, meaning, one cell a policy) for each row that any policy has a number for."""
     policies = [evaluate[policy].get("greedy", {}) if greedy else evaluate[policy] for policy in _judged(evaluate)]
     by_axis = [
-        (f"Gold, {axis}", "the judge’s score on this axis alone", [number(p["gold_axes"][axis]) for p in policies])
-        for axis in policies[0].get("gold_axes", {})
+        (f"{name}, {axis}", meaning, [_with_interval(policy, key, axis) for policy in policies])
+        for key, name, meaning in (
+            ("gold_axes", "Gold", "the judge’s score on this axis alone"),
+            ("reward_axes", "Reward", "the reward model’s score on this axis alone"),
+        )
+        for axis in policies[0].get(key, {})
     ]
     found = [
         (name, meaning, [show(policy.get(key)) for policy in policies])
@@ -338,6 +351,13 @@ def _table(evaluate: Mapping[str, Any], *, greedy: bool) -> list[tuple[str, str,
         if any(_get(policy, key) is not None for policy in policies)
     ]
     return found + by_axis
+
+
+def _with_interval(policy: Mapping[str, Any], key: str, axis: str) -> str:
+    """A policy's mean score on an axis, with its interval where one was measured."""
+    shown = number(policy[key][axis])
+    low, high = (policy.get(f"{key}_{end}", {}).get(axis) for end in ("low", "high"))
+    return shown if low is None or high is None else f"{shown} ({number(low)} to {number(high)})"
 
 
 def _best(row: SideBySide) -> str:
@@ -408,6 +428,8 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
         Panel("Response length", "tokens", {"ppo/response_length": ("", "ppo")}),
         Panel("Finished responses", "share that end by themselves", {"ppo/eos_rate": ("", "ppo")}),
         Panel("Perplexity under SFT", "of PPO’s responses; gibberish is high", {"ppo/perplexity": ("", "ppo")}),
+        Panel("Cost and its weight", "the cost that is limited, and λ",
+              {"ppo/cost": ("cost", "dpo"), "ppo/lambda": ("λ", "proxy")}),
         Panel("Entropy", "nats a token; near 0 it explores no more", {"ppo/entropy": ("", "ppo")}),
     ),
     "diagnostics": (

@@ -58,7 +58,9 @@ PPO_SETTINGS = {
     "kl_controller": "fixed", "kl_target": 6.0, "kl_horizon": 2000, "kl_penalty": "reward", "kl_estimator": "k1",
     "dual_clip": 0.0, "entropy_coef": 0.0, "gamma": 1.0, "lam": 0.95, "whiten_advantages": True,
     "whiten_rewards": False, "scale_scores": False, "score_clip": 1.0, "missing_eos_penalty": 0.0,
-    "spread_coef": 0.0, "start": "",
+    "spread_coef": 0.0, "start": "", "reward": "reward", "objective": "score", "axis_weights": {}, "axis_order": [],
+    "thresholds": {}, "cost_axis": "", "cost_limit": 0.0, "lambda_init": 1.0, "lambda_min": 0.05, "lambda_max": 20.0,
+    "lambda_learning_rate": 0.2, "cost_memory": 4,
 }
 WALKS_SETTINGS = {
     "updates": 80, "rollouts": 200, "samples_per_prompt": 10, "response_tokens": LONGEST - 1,

@@ -41,6 +41,7 @@ def main() -> None:
         evaluation = evaluate_policies(
             base, tuned, prompts, demonstrations, config,
             tokenizer=load_tokenizer(BASE), system=run.params.prepare.system, tracker=run, policies=policies,
+            cost_axis=run.params.ppo.cost_axis,
         )  # fmt: skip
         if not run.main:
             return
@@ -48,6 +49,8 @@ def main() -> None:
         write_jsonl(FOLDER / "answers.jsonl", _answer_rows(evaluation, prompts))
         write_csv(Path("plots/frontier.csv"), _frontier_rows(evaluation))
         write_csv(Path("plots/evaluate_lengths.csv"), _length_rows(evaluation))
+        if run.params.ppo.cost_axis:
+            evaluation.metrics["cost_limit"] = run.params.ppo.cost_limit
         run.finish_metrics(evaluation.metrics)
         write_report(FOLDER / "report.html", _report(evaluation, prompts, run.params.model_dump(mode="json")))
 

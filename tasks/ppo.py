@@ -32,7 +32,7 @@ def main() -> None:
         run.log_dataset("prepared", PREPARED, prompts=len(prompts))
         torch.manual_seed(config.seed)
         roles = Roles(SFT_MODEL, config)
-        add_roles(roles, REWARD_FOLDERS["reward"], method=config.method, start=config.start)
+        add_roles(roles, REWARD_FOLDERS["reward"], method=config.method, start=config.start, cost_axis=config.cost_axis)
         score = judge_score(run, roles, records, prompts, tokenizer) if config.reward == "judge" else None
         final, shown = train_ppo(
             roles, prompts, config, tokenizer=tokenizer, tracker=run, checkpoints=run.checkpoints, score=score

@@ -374,6 +374,10 @@ class Replay:
             own = {event["stage"]: self.run_id} if event.get("stage") and self.run_id else {}
             _apply_summary(self.client, self._experiment, self.parent_id, event["summary"], own)
 
+    def _on_text(self, event: dict[str, Any]) -> None:
+        if self.client is not None and self.parent_id:
+            self.client.log_text(self.parent_id, event["text"], event["file"])
+
     def _on_end(self, event: dict[str, Any]) -> None:
         if self.client is not None and self.run_id:
             self.client.set_terminated(self.run_id, event["status"], event["time"])
@@ -701,6 +705,11 @@ def write_summary(run_id: str) -> None:
         print(f"No summary of this run: {_first_line(error)}", flush=True)
         return
     _send_now(Parent(run_id, owned=False), ("summary", {"summary": state}))
+
+
+def write_artifact(run_id: str, name: str, text: str) -> None:
+    """Give a pipeline run a text file as an artifact; repeating it puts the new text in the old one's place."""
+    _send_now(Parent(run_id, owned=False), ("text", {"file": name, "text": text}))
 
 
 def project_summary(rev: str) -> str:

@@ -125,7 +125,7 @@ def main(folder: Path) -> None:
     tracker, options = Tracker(), PPO.model_validate(plan["ppo"])
     roles = Roles(base, options)
     torch.manual_seed(1)
-    add_roles(roles, str(folder / "reward"), method=options.method)
+    add_roles(roles, str(folder / "reward"), method=options.method, cost_axis=options.cost_axis)
     final, shown = train_ppo(
         roles, prompts, options, tokenizer=tokenizer, tracker=tracker, checkpoints=saved.below("ppo")
     )

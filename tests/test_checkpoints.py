@@ -206,27 +206,31 @@ def run_loop(
         final = train_dpo(roles, rows[:5], rows[5:], config, pad_id=0, tracker=tracker, checkpoints=checkpoints)
         return final, roles.trainable("policy")
 
-    def ppo(checkpoints: Checkpoints, tracker: Stopping) -> Any:
+    def ppo(checkpoints: Checkpoints, tracker: Stopping, **limited: Any) -> Any:
         if not (tmp_path / "reward").is_dir():
             judge = Roles(llama, section("reward"))
             torch.manual_seed(3)
-            judge.add(REWARD, head=True)
+            judge.add(REWARD, head=True, axes=["kind"])
             judge.save(REWARD, tmp_path / "reward")
         config = section(
             "ppo", updates=5, epochs=2, minibatch_size=4, micro_batch_size=2, samples_per_prompt=2, warmup_updates=1,
             value_warmup_updates=1, kl_controller="adaptive", kl_coef=0.1, schedule="linear", early_stop_kl=10.0,
-            scale_scores=True,
+            scale_scores=True, **limited,
         )  # fmt: skip
         torch.manual_seed(4)
         roles = Roles(llama, config)
-        add_roles(roles, str(tmp_path / "reward"), method="lora")
+        add_roles(roles, str(tmp_path / "reward"), method="lora", cost_axis=config.cost_axis)
         final, shown = train_ppo(roles, PROMPTS, config, tokenizer=tokenizer, tracker=tracker, checkpoints=checkpoints)
         return (final, shown), roles.trainable(POLICY) + roles.trainable(VALUE)
 
-    return lambda name, *arguments: {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}[name](*arguments)
+    def constrained(checkpoints: Checkpoints, tracker: Stopping) -> Any:
+        return ppo(checkpoints, tracker, objective="constrained", cost_axis="kind", cost_limit=-0.5, cost_memory=2)
+
+    loops = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "constrained": constrained}
+    return lambda name, *arguments: loops[name](*arguments)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "constrained"])
 def test_a_loop_that_was_stopped_again_and_again_ends_to_the_bit_as_one_that_was_not(
     run_loop: Callable[..., Any], tmp_path: Path, stage: str
 ) -> None:

@@ -62,7 +62,7 @@ def test_the_projects_own_values_are_valid_and_complete(raw: dict[str, Any]) -> 
     ("section", "typed", "nearest"),
     [
         ("ppo", "kl_coeff", "ppo.kl_coef"),
-        ("ppo", "lambda", "ppo.lam"),
+        ("ppo", "lamb", "ppo.lam"),
         ("sft", "learning_rat", "sft.learning_rate"),
         ("reward", "centre_coef", "reward.center_coef"),
         ("prepare", "on_bad_rows", "prepare.on_bad_row"),
@@ -160,6 +160,12 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("ppo", "score_clip", 0),
         ("ppo", "spread_coef", -0.1),
         ("ppo", "missing_eos_penalty", -1),
+        ("ppo", "objective", "pareto"),
+        ("ppo", "lambda_init", 0),
+        ("ppo", "lambda_min", 0),
+        ("ppo", "lambda_max", 0),
+        ("ppo", "lambda_learning_rate", 0),
+        ("ppo", "cost_memory", 0),
         ("ppo", "early_stop_kl", 0),
         ("evaluate", "temperature", 0),
         ("evaluate", "response_tokens", 1),
@@ -332,3 +338,53 @@ def test_a_spread_needs_several_members(raw: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"ppo\.spread_coef 0\.5 needs reward\.members above 1"):
         check_params(spoilt)
     assert check_params(changed(spoilt, "reward", members=2)).ppo.spread_coef == 0.5
+
+
+IN_ORDER = {"objective": "lexicographic", "axis_order": ["true", "kind"], "thresholds": {"true": 0.5}}
+LIMITED = {"objective": "constrained", "cost_axis": "kind"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"axis_weights": {"kind": 1}}, "axis_weights {kind: 1} has no effect with objective score"),
+        ({"cost_axis": "kind"}, "cost_axis kind has no effect with objective score"),
+        ({"objective": "weighted"}, "axis_weights is empty, and objective weighted needs it"),
+        ({**IN_ORDER, "axis_weights": {"kind": 1}}, "axis_weights {kind: 1} has no effect"),
+        ({"objective": "lexicographic"}, "axis_order is empty, and objective lexicographic needs it"),
+        ({**IN_ORDER, "axis_order": ["kind"]}, "axis_order [kind]: expected two axes or more, each once"),
+        ({**IN_ORDER, "axis_order": ["kind", "kind"]}, "axis_order [kind, kind]: expected two axes or more"),
+        ({**IN_ORDER, "thresholds": {"kind": 1}}, "thresholds {kind: 1}: expected one each of true"),
+        ({**IN_ORDER, "thresholds": {"true": -5}}, "thresholds.true -5 is not above -score_clip -5"),
+        ({**IN_ORDER, "spread_coef": 0.1}, "spread_coef 0.1 has no meaning with objective lexicographic"),
+        ({**LIMITED, "reward": "judge"}, "reward judge gives one number, and objective constrained needs axes"),
+        ({"objective": "constrained"}, "cost_axis is empty, and objective constrained needs it"),
+        ({**LIMITED, "lambda_init": 30}, "lambda_init 30 is not between lambda_min 0.05 and lambda_max 20"),
+        ({**LIMITED, "lambda_min": 2}, "lambda_init 1 is not between lambda_min 2 and lambda_max 20"),
+        ({**LIMITED, "whiten_rewards": True}, "whiten_rewards true with objective constrained would scale the KL"),
+    ],
+)
+def test_an_objective_gets_what_it_needs_and_nothing_else(
+    raw: dict[str, Any], changes: dict[str, Any], why: str
+) -> None:
+    raw = changed(changed(raw, "reward", axes=["kind", "true"], members=2), "ppo", score_clip=5.0)
+    with pytest.raises(ConfigError) as error:
+        check_params(changed(raw, "ppo", **changes))
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        IN_ORDER,
+        LIMITED,
+        {**LIMITED, "axis_weights": {"true": 1}},
+        {"objective": "weighted", "axis_weights": {"true": 2}},
+    ],
+)
+def test_an_objectives_axes_are_among_the_reward_models(raw: dict[str, Any], changes: dict[str, Any]) -> None:
+    found = check_params(changed(changed(raw, "reward", axes=["kind", "true"]), "ppo", **changes)).ppo
+    assert set(found.axes) <= {"kind", "true"}
+    key = next(key for key in ("axis_weights", "axis_order", "cost_axis") if key in changes)
+    with pytest.raises(ConfigError, match=rf"ppo\.({key}|cost_axis) names '\w+'; expected one of reward\.axes: other"):
+        check_params(changed(changed(raw, "reward", axes=["other"]), "ppo", **changes))

@@ -71,19 +71,21 @@ def dict_keys(tree: ast.AST) -> Iterator[list[ast.expr]]:
 
 
 def curves_in(source: str) -> set[str]:
-    """Names `stage/quantity` that are keys in the code; an f-string's `{prefix}` is each model of stage reward.
+    """Names `stage/quantity` that are keys in the code; an f-string's first `{prefix}` is each model of stage reward.
 
     What an f-string holds further on is a placeholder of that name.
     """
     names = set()
     for keys in dict_keys(ast.parse(source)):
         for key in keys:
-            if isinstance(key, ast.JoinedStr) and isinstance(key.values[0], ast.FormattedValue):
-                rest = ""
-                for part in key.values[1:]:
+            if isinstance(key, ast.JoinedStr):
+                words = ""
+                for part in key.values:
                     assert isinstance(part, ast.Constant | ast.FormattedValue)
-                    rest += part.value if isinstance(part, ast.Constant) else f"<{ast.unparse(part.value)}>"
-                if rest.startswith("/"):
+                    words += part.value if isinstance(part, ast.Constant) else f"<{ast.unparse(part.value)}>"
+                if isinstance(key.values[0], ast.Constant) and isinstance(key.values[-1], ast.Constant):
+                    names.add(words)
+                elif (rest := words.partition(">")[2]).startswith("/"):
                     names |= {prefix + rest for prefix in MODELS}
             elif isinstance(key, ast.Constant) and isinstance(key.value, str):
                 names.add(key.value)
@@ -112,7 +114,9 @@ def words(file: str, function: str) -> list[list[str]]:
 
 # Logged only where params.yaml asks for it.
 OPTIONAL = (
-    {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>"}
+    {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>", "evaluate/cost_limit"}
+    | {f"ppo/{name}" for name in ("cost", "mean_cost", "lambda", "cost_value_loss")}
+    | {f"evaluate/<policy>/{cost}{end}" for cost in ("cost", "gold_cost") for end in ("", "_low", "_high")}
     | {f"evaluate/best_of_n/<n>/{name}" for name in ("reward", "gold_reward", "kl")}
     | {
         f"dpo/{name}"
@@ -159,12 +163,17 @@ def logged_finals() -> set[str]:
     each = [name for found in words("rlhf_core/evaluate.py", "_summary") for name in found]
     each += ["distinct_2", "reward_axes/<axis>", "gold_axes/<axis>"]
     _, compared = words("rlhf_core/evaluate.py", "compare")
+    by_axis, _ = words("rlhf_core/evaluate.py", "_wins_by_axis")
+    compared = [*compared, *below(["gold_axes/<axis>"], by_axis)]
     (perplexity, greedy), (again,) = words("rlhf_core/evaluate.py", "evaluate_policies")
     (picked,), ((kl,),) = words("rlhf_core/evaluate.py", "_best_of_n"), words("rlhf_core/best_of_n.py", "best_of_n")
     names |= below(["evaluate/best_of_n/<n>"], [*picked, kl])
     assert greedy == again == "greedy"
     names |= below(["evaluate/<policy>", "evaluate/<policy>/greedy"], each) | {f"evaluate/<policy>/{perplexity}"}
     names |= below(["evaluate/<comparison>", "evaluate/<comparison>/greedy"], compared)
+    ends = [f"{judge}_axes_{end}/<axis>" for judge in ("reward", "gold") for end in ("low", "high")]
+    costs = [f"{cost}{end}" for cost in ("cost", "gold_cost") for end in ("", "_low", "_high")]
+    names |= below(["evaluate/<policy>"], [*ends, *costs]) | {"evaluate/cost_limit"}
 
     names |= {"reward/sources/<source>"} | below(["preferences"], words("tasks/preferences.py", "main")[-1])
     names |= below(["gate"], set().union(*words("rlhf_core/gate.py", "judge_round")))
@@ -231,9 +240,10 @@ def test_the_curves_of_the_last_run_are_those_documented(stage: str) -> None:
 
 def test_the_collector_sees_what_it_should() -> None:
     code = 'm = {"ppo/kl": 1, f"{prefix}/loss": 2, f"{prefix}/axes/{axis}/loss": 2}\nm["ppo/ratio"] = 3\n'
+    code += 'm[f"ppo/axes/{axis}/score"] = 4\n'
     code += 'print(m["sft/loss"], "ppo/samples", {"kl": 4})'
     of_each = {f"{prefix}/{rest}" for prefix in MODELS for rest in ("loss", "axes/<axis>/loss")}
-    assert curves_in(code) == {"ppo/kl", "ppo/ratio"} | of_each
+    assert curves_in(code) == {"ppo/kl", "ppo/ratio", "ppo/axes/<axis>/score"} | of_each
 
 
 # ---- params.yaml

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import evaluate
 from rlhf_core.best_of_n import best_of_n_kl
-from rlhf_core.evaluate import POLICIES, Evaluation, Response, compare, evaluate_policies
+from rlhf_core.evaluate import POLICIES, Evaluation, Response, axis_intervals, compare, evaluate_policies
 from rlhf_core.models import Normaliser, Roles
 from rlhf_core.records import Demonstration, Prompt
 from rlhf_core.rollouts import sample
@@ -356,3 +356,34 @@ def test_where_enough_was_sampled_the_best_of_n_costs_nothing(
         count[sizes] = len(calls)
     assert count == {(): 9, (2,): 9, (2, 4): 11}
     assert set(found.metrics["best_of_n"]) == {"2", "4"}
+
+
+def test_axes_and_costs_by_hand_with_their_intervals(section: Callable[..., Any]) -> None:
+    def one(prompt: int, kind: float, gold: float) -> Response:
+        axes = {"kind": kind, "true": 0.25}
+        return response(prompt, gold=0, reward=0, tokens=1)._replace(
+            reward_axes=axes, gold_axes={"kind": gold, "true": 1.0}
+        )
+
+    responses = [one(0, 1.0, 2.0), one(1, 3.0, -1.0), one(0, 2.0, 0.5)]  # two of prompt 0
+    found = axis_intervals(responses, section("evaluate"), cost_axis="kind")
+    assert found["cost"] == pytest.approx(-2.0, rel=1e-12)
+    assert found["gold_cost"] == pytest.approx(-0.5, rel=1e-12)
+    # Resamples of two prompts: prompt 0 twice gives 1.5, prompt 1 twice 3, and both of these come up often.
+    assert (found["reward_axes_low"]["kind"], found["reward_axes_high"]["kind"]) == (1.5, 3.0)
+    assert (found["cost_low"], found["cost_high"]) == (-3.0, -1.5)
+    assert found["reward_axes_low"]["true"] == found["reward_axes_high"]["true"] == 0.25
+    assert set(axis_intervals(responses, section("evaluate"))) == {
+        f"{judge}_axes_{end}" for judge in ("reward", "gold") for end in ("low", "high")
+    }
+    assert axis_intervals([response(0, gold=0, reward=0, tokens=1)], section("evaluate"), cost_axis="kind") == {}
+
+
+def test_a_win_on_an_axis_is_by_the_gold_models_head_of_it(section: Callable[..., Any]) -> None:
+    def one(prompt: int, kind: float) -> Response:
+        return response(prompt, gold=0, reward=0, tokens=1)._replace(gold_axes={"kind": kind})
+
+    found = compare([one(0, 1.0), one(1, 0.0)], [one(0, 0.0), one(1, 0.0)], section("evaluate"))
+    # Won and tied: (1 + ½) / 2; a resample of prompts is between ½ and 1.
+    assert found["gold_axes"] == {"kind": {"win_rate": 0.75, "win_rate_low": 0.5, "win_rate_high": 1.0}}
+    assert found["gold_win_rate"] == 0.5

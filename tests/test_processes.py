@@ -82,14 +82,17 @@ def plan_of(llama: Path, section: Callable[..., Any], method: str, size: int, **
     return {"base": str(llama), **{name: found.model_dump(mode="json") for name, found in sections.items()}}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+LIMITED = {"objective": "constrained", "cost_axis": "kind", "cost_limit": -0.5}
+
+
+@pytest.mark.parametrize(("method", "of_ppo"), [("lora", {}), ("full", {}), ("lora", LIMITED)])
 def test_accumulation_and_processes_change_nothing(
-    llama: Path, section: Callable[..., Any], tmp_path: Path, method: str
+    llama: Path, section: Callable[..., Any], tmp_path: Path, method: str, of_ppo: dict[str, Any]
 ) -> None:
     rate = RATES[method]
 
     def plan(size: int) -> dict[str, Any]:
-        return plan_of(llama, section, method, size)
+        return plan_of(llama, section, method, size, **of_ppo)
 
     whole, weights = train(ONE, tmp_path / "whole", plan(16))
     assert (whole.pop("processes"), len(whole.pop("each"))) == (1, 1)

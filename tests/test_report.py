@@ -466,3 +466,32 @@ def test_ppo_is_held_against_dpo_in_words() -> None:
     assert verdict(evaluate).notes[-1].startswith("PPO beats the DPO baseline")
     evaluate["ppo_vs_dpo"] |= {"gold_win_rate_low": 0.3, "gold_win_rate_high": 0.44}
     assert verdict(evaluate).notes[-1].startswith("The DPO baseline beats PPO")
+
+
+@pytest.mark.parametrize(
+    ("ends", "answer"),
+    [((-0.6, -0.3), "yes"), ((-0.29, -0.2), "no"), ((-0.4, -0.2), "unclear"), ((-0.3, 0), "unclear")],
+)
+def test_a_cost_is_checked_against_its_limit(ends: tuple[float, float], answer: str) -> None:
+    evaluate = fake_metrics(np.random.default_rng(0))
+    low, high = ends
+    evaluate["ppo"] |= {"gold_cost": (low + high) / 2, "gold_cost_low": low, "gold_cost_high": high}
+    assert not [check for check in checks(evaluate, {}) if "cost" in check.question]  # without a limit
+    (found,) = [check for check in checks({**evaluate, "cost_limit": -0.3}, {}) if "cost" in check.question]
+    assert found.question == "Is the mean cost within its limit, by the gold judge?"
+    assert found.answer == answer
+    assert "limit −0.30" in found.because
+
+
+def test_axes_stand_in_the_table_with_their_intervals() -> None:
+    data = fake_report()
+    evaluate = {
+        name: {
+            **values, "gold_axes": {"kind": 0.25}, "gold_axes_low": {"kind": -0.5}, "gold_axes_high": {"kind": 1.0},
+            "greedy": {"gold_axes": {"kind": 0.75}},
+        } if name in ("base", "sft", "ppo") else values
+        for name, values in data.evaluate.items()
+    }  # fmt: skip
+    page = render_report(replace(data, evaluate=evaluate))
+    assert page.count("0.25 (−0.50 to 1.00)") == 3
+    assert "Gold, kind" in page
