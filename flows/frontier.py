@@ -20,6 +20,7 @@ from flows.rlhf import bring_up_to_date
 from flows.sweeps import OWN, SHARED, Sweep, as_table, begin_point, open_sweep, write_frontier
 from rlhf_core.errors import RLHFError
 from rlhf_core.pareto import verdicts
+from tasks.lineage import save_experiment
 from tasks.pipeline import Outcome, find_root, workspace_lock
 from tasks.stage import check_disk
 from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_artifact, write_summary
@@ -93,6 +94,7 @@ def _run(found: Sweep, project: Path, retries: int) -> None:
                     key, of_point = f"sweep-{found.id}-{point.name}", {**tags, "rlhf.point": point.name}
                     parent = start_pipeline_run(f"{found.name}-{point.name}", of_point, key=key)
                     ran = _point((*SHARED, *OWN), point.name, parent, retries)
+                    save_experiment(f"{found.name}-{point.name}", Path.cwd(), root=project)
                     log.info(f"Point {point.name}: {', '.join(ran) + ' ran' if ran else 'Cached'}")
             write_frontier(found)
             for file in (found.page, found.page.with_suffix(".csv")):

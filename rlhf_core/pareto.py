@@ -97,8 +97,9 @@ def verdicts(points: Sequence[Reached], axes: tuple[str, str]) -> list[str]:
                 beside = best.by[judge].x
                 more = "more" if x.mean > beside.mean else "less"
                 text += (
-                    f" It has {more} {axes[0]} ({number(x.mean)}) than the best weighted run that keeps the limit, "
-                    f"{best.name} ({number(beside.mean)}, {number(beside.low)} to {number(beside.high)})."
+                    f" It has {more} {axes[0]} ({number(x.mean)}, {number(x.low)} to {number(x.high)}) than the best "
+                    f"weighted run that keeps the limit, {best.name} ({number(beside.mean)}, {number(beside.low)} to "
+                    f"{number(beside.high)})."
                 )
             said.append(text)
     return said
@@ -111,8 +112,8 @@ def render_pareto(points: Sequence[Reached], axes: tuple[str, str], title: str) 
     words = Markup("").join(Markup("<li>{}</li>").format(plain(line)) for line in verdicts(points, axes))
     lead = (
         f"What each run's PPO policy reaches on held-out prompts: {axes[0]} to the right, {axes[1]} upwards, in "
-        "deviations of what SFT answers. A mark has a number, and its row is bold, where no other run reaches as much "
-        "on both. The gold model is the one to believe: no policy was trained on it."
+        "deviations of what SFT answers at temperature 1. A mark has a number, and its row is bold, where no other run "
+        "reaches as much on both. The gold model is the one to believe: no policy was trained on it."
     )
     body = Markup('<section><div class="charts">{}</div><ul>{}</ul>{}</section>').format(
         Markup("").join(charts), words, _table(points, axes)

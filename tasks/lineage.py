@@ -7,8 +7,10 @@ in .dvc/cache/runs/. DVC is only read here, and without its locks, which the run
 
 import hashlib
 import json
+import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -134,12 +136,13 @@ def dependency_hashes(stage: str, root: Path | None = None) -> dict[str, str]:
     return Workspace(root).entry(stage).dependencies
 
 
-def git(*arguments: str, root: Path | None = None) -> str | None:
+def git(*arguments: str, root: Path | None = None, **environment: str) -> str | None:
     """What a git command prints, stripped; None where it fails or git is missing."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=root or workspace_root(), capture_output=True, text=True, timeout=30, check=True
-        )
+            ["git", *arguments], cwd=root or workspace_root(), env={**os.environ, **environment},
+            capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -243,3 +246,36 @@ def find_revision(name: str) -> str | None:
         return commit
     refs = (git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or "").splitlines()
     return next((ref.split()[0] for ref in refs if ref.rsplit("/", 1)[-1] == name), None)
+
+
+def save_experiment(name: str, results: Path, *, root: Path) -> str | None:
+    """Make a DVC experiment of what another workspace ran with the same DVC cache; nothing is checked out.
+
+    It is what `dvc exp save` would leave: a commit on HEAD under refs/exps, with the tracked files as they are now, and
+    in their place the parameters, dvc.lock and metrics of the other workspace.
+
+    Returns:
+        Its commit; the one there is where nothing has changed; None where the project is no git repository.
+    """
+    head, prefix = git("rev-parse", "--verify", "HEAD", root=root), git("rev-parse", "--show-prefix", root=root)
+    if not head or prefix is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+        git("read-tree", "HEAD", root=root, **index)
+        git("add", "--update", ".", root=root, **index)
+        files = [results / "params.yaml", results / "dvc.lock", *sorted((results / "metrics").glob("*.json"))]
+        for file in files:
+            blob = git("hash-object", "-w", str(file.resolve()), root=root)
+            place = f"{prefix}{file.relative_to(results).as_posix()}"
+            git("update-index", "--add", "--cacheinfo", f"100644,{blob},{place}", root=root, **index)
+        tree = git("write-tree", root=root, **index)
+    ref = f"refs/exps/{head[:2]}/{head[2:]}/{name}"
+    if not tree or git("rev-parse", "--verify", "--quiet", f"{ref}^{{tree}}", root=root) == tree:
+        return git("rev-parse", "--verify", "--quiet", ref, root=root)
+    who = {f"GIT_{role}_{field}": value for role in ("AUTHOR", "COMMITTER")
+           for field, value in (("NAME", "rlhf"), ("EMAIL", "rlhf@localhost"))}  # fmt: skip
+    commit = git("commit-tree", tree, "-p", head, "-m", f"dvc: commit experiment {name}", root=root, **who)
+    if commit:
+        git("update-ref", ref, commit, root=root)
+    return commit

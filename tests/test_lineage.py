@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from tasks.lineage import (
     metric_name,
     project_state,
     read_lock,
+    save_experiment,
     stage_key,
 )
 
@@ -154,6 +156,36 @@ def test_the_state_of_a_revision_and_of_an_experiment(repo: Path) -> None:
     with pytest.raises(MissingArtifact, match="nowhere is no git revision"):
         project_state(rev="nowhere")
     assert find_revision("nowhere") is None
+
+
+def test_what_another_workspace_ran_becomes_an_experiment(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert save_experiment("early", repo, root=repo) is None  # nothing is committed
+    commit_all()
+    other = tmp_path_factory.mktemp("other")
+    for name in ("stage.py", "dvc.yaml", "params.yaml"):
+        shutil.copy(repo / name, other)
+    shutil.copytree(repo / "data", other / "data")
+    init_dvc(other)
+    config = f"[core]\n    analytics = false\n    no_scm = True\n[cache]\n    dir = {repo / '.dvc/cache'}\n"
+    (other / ".dvc/config").write_text(config)
+    set_param(other, "ppo", "kl_coef", 0.3)
+    dvc(other, "repro", "--quiet")
+    (repo / "stage.py").write_text(SCRIPT + "# being worked on\n", encoding="utf-8")
+    before = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    commit = save_experiment("point--0.3", other, root=repo)
+    assert commit == find_revision("point--0.3")
+    assert save_experiment("point--0.3", other, root=repo) == commit  # nothing has changed
+    after = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    assert before == after == " M stage.py\n"
+    shown = subprocess.run(["git", "show", f"{commit}:stage.py"], capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("# being worked on\n")
+    state = project_state(rev="point--0.3")
+    assert (state["params"]["ppo.kl_coef"], state["metrics"]["ppo/score"]) == ("0.3", 0.5)
+    assert "point--0.3" in dvc(repo, "exp", "list", "--name-only").split()
+    (repo / "stage.py").write_text(SCRIPT, encoding="utf-8")
+    dvc(repo, "exp", "apply", "point--0.3")
+    assert yaml.safe_load((repo / "params.yaml").read_text())["ppo"]["kl_coef"] == 0.3
+    assert (repo / "artifacts/ppo/out.txt").read_text() == "ppo2"  # from the cache that they share
 
 
 def test_results_of_a_run_do_not_make_the_code_dirty(repo: Path) -> None:

@@ -55,8 +55,8 @@ def test_a_limit_is_told_with_the_best_weighted_run_that_keeps_it() -> None:
     # The cost is −y: −0.4 with ±0.1, so −0.5 to −0.3, which the limit of −0.3 just allows.
     assert (
         "By the reward model that PPO was trained on, limit ends within its limit: mean cost −0.40 (−0.50 to −0.30), "
-        "limit −0.30. It has more helpful (0.80) than the best weighted run that keeps the limit, w0.5 (0.70, 0.60 to "
-        "0.80)."
+        "limit −0.30. It has more helpful (0.80, 0.70 to 0.90) than the best weighted run that keeps the limit, w0.5 "
+        "(0.70, 0.60 to 0.80)."
     ) in said
     assert "By the reward model that PPO was trained on, as harmless gains weight it never falls and helpful" in said
     assert (
@@ -69,7 +69,7 @@ def test_a_limit_that_was_passed_or_that_no_weights_keep_is_told_too() -> None:
     assert "tight ends above its limit: mean cost −0.35" in said
     assert "though the interval holds both. No weighted run keeps that limit." in said
     (_, less) = verdicts([POINTS[2], point("loose", 0.2, 0.9, limit=-0.4)], AXES)
-    assert "It has less helpful (0.20) than the best" in less
+    assert "It has less helpful (0.20, 0.10 to 0.30) than the best" in less
     assert len(verdicts([POINTS[0]], AXES)) == 0
 
 
