@@ -155,6 +155,7 @@ def test_a_points_words_fit_its_settings() -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(1200)  # two flow runs over three points; on a busy machine more than the usual limit
 def test_the_tiny_recipe_is_swept_recorded_and_cached(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     project = tmp_path / "project"
     project.mkdir()
