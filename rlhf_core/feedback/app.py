@@ -5,11 +5,14 @@ The pages are in pages.py, those for admins in admin.py.
 
 import hmac
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -26,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rlhf_core.feedback.accounts import LoginLimit, fingerprint, local_admin
 from rlhf_core.feedback.judging import keep_guideline
 from rlhf_core.feedback.markdown import as_html
-from rlhf_core.feedback.store import Annotator, Store
+from rlhf_core.feedback.store import CONNECTIONS, Annotator, Store
 
 FOLDER = Path(__file__).parent
 MOST_BYTES = 1_000_000  # of a request's body
@@ -122,11 +125,11 @@ def create_app(
         local_admin(store)  # now, and not by two requests at once
     environment = Environment(
         loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, auto_reload=False,
     )  # fmt: skip
     environment.globals["csrf"] = csrf_token
     environment.filters["markdown"] = as_html
-    app = FastAPI(title="rlhf feedback", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="rlhf feedback", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_at_once)
     app.state.desk = Desk(store, as_html(guideline), version, Jinja2Templates(env=environment), a_day, artifacts)
     app.mount("/static", StaticFiles(directory=FOLDER / "static"))
     app.include_router(pages.router)
@@ -139,6 +142,13 @@ def create_app(
     )
     app.add_middleware(Guard)
     return app
+
+
+@asynccontextmanager
+async def _few_at_once(_: FastAPI) -> AsyncIterator[None]:
+    """As many requests at once as there are connections kept open: more threads only take Python from each other."""
+    current_default_thread_limiter().total_tokens = CONNECTIONS
+    yield
 
 
 # ---- who is asking

@@ -7,10 +7,12 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from heapq import nsmallest
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from sqlalchemy import ColumnElement, Select, Subquery, case, func, select
+from sqlalchemy import BindParameter, ColumnElement, Select, Subquery, bindparam, case, func, select
 from sqlalchemy.orm import Session
 
 from rlhf_core.feedback.store import Claim, Guideline, Item, Judgement, now
@@ -93,14 +95,7 @@ def show_next(
     Args:
         lock: `Store.lock`, so that two people who ask in one moment do not both take the last place of one item.
     """
-    undone = session.scalar(
-        select(Judgement)
-        .join(Item)
-        .where(Judgement.annotator_id == annotator, Judgement.withdrawn_at.is_not(None), Item.kind == kind)
-        .where(Item.id.not_in(_judged_by(annotator)))
-        .order_by(Judgement.withdrawn_at.desc(), Judgement.id.desc())
-        .limit(1)
-    )
+    undone = session.scalar(_UNDONE, {"me": annotator, "kind": kind})
     item = undone.item if undone else _choose(session, annotator, kind, lock)
     if item is None:
         return None
@@ -133,8 +128,18 @@ def presented_order(annotator: int, item: Item) -> list[int]:
     return order
 
 
-def submit(session: Session, annotator: int, sent: Submission, guideline: str) -> bool:
+def submit(
+    session: Session,
+    annotator: int,
+    sent: Submission,
+    guideline: str,
+    *,
+    queue: Callable[[Session], None] = lambda _: None,
+) -> bool:
     """Store a judgement; False if it was stored before.
+
+    Args:
+        queue: `Store.queue`, called when all is checked and only the writing is left.
 
     Raises:
         Refused: it is not this person's to give, there is one already, or it is not whole.
@@ -153,6 +158,7 @@ def submit(session: Session, annotator: int, sent: Submission, guideline: str) -
     if judged is not None:
         raise Refused(409, "You have judged this item already.")
     order = presented_order(annotator, item)
+    queue(session)
 
     def by_item(values: Sequence[int]) -> list[int]:
         return [value for _, value in sorted(zip(order, values, strict=True))]
@@ -186,8 +192,7 @@ def undo(session: Session, annotator: int, judgement: int) -> None:
 
 def last_judgement(session: Session, annotator: int, kind: Kind) -> int | None:
     """The id of what a person said last, which undo takes back."""
-    query = select(Judgement.id).join(Item).where(Judgement.annotator_id == annotator, LIVE, Item.kind == kind)
-    return session.scalar(query.order_by(Judgement.id.desc()).limit(1))
+    return session.scalar(_LAST, {"me": annotator, "kind": kind})
 
 
 def progress(session: Session, annotator: int | None, kind: Kind, *, a_day: int = 0) -> Progress:
@@ -196,24 +201,13 @@ def progress(session: Session, annotator: int | None, kind: Kind, *, a_day: int 
     Args:
         a_day: judgements of this kind that a person is asked for a day; 0 for as many as there are.
     """
-    given = _count_by_item(COUNTS)
-    number = func.coalesce(given.c.number, 0)
-    done, wanted = session.execute(
-        select(func.sum(case((number < Item.overlap, number), else_=Item.overlap)), func.sum(Item.overlap))
-        .outerjoin(given, given.c.item_id == Item.id)
-        .where(Item.kind == kind)
-    ).one()
-    own = select(func.count()).select_from(Judgement).join(Item)
-    own = own.where(COUNTS, Item.kind == kind, Judgement.annotator_id == annotator)
     midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
-    today = session.scalar(own.where(Judgement.created_at >= midnight)) or 0
-    left = 0
-    if annotator is not None:
-        others = _count_by_item(COUNTS, Judgement.annotator_id != annotator)
-        open_items = select(func.count(Item.id)).outerjoin(others, others.c.item_id == Item.id)
-        left = session.scalar(open_items.where(*_open_to(annotator, kind, func.coalesce(others.c.number, 0)))) or 0
+    about = {"me": annotator, "kind": kind}
+    done, wanted, left = session.execute(_ALL, about).one()
+    mine, today = session.execute(_MINE, {**about, "midnight": midnight}).one()
+    today, left = today or 0, (left or 0) if annotator is not None else 0
     left = min(left, max(0, a_day - today)) if a_day else left
-    return Progress(session.scalar(own) or 0, done or 0, wanted or 0, today, left)
+    return Progress(mine, done or 0, wanted or 0, today, left)
 
 
 def keep_guideline(session: Session, text: str) -> str:
@@ -226,65 +220,113 @@ def keep_guideline(session: Session, text: str) -> str:
 
 def _choose(session: Session, annotator: int, kind: Kind, lock: Callable[[Session], None]) -> Item | None:
     """Look first and lock then: what was free a moment ago is looked at once more, which takes little time."""
-    query = _open_items(annotator, kind)
-    rows = session.execute(query).all()
-    rows = sorted(rows, key=lambda row: (row.shown_at is None, _draw(annotator, row.key)))
+    about = {"me": annotator, "kind": kind, "since": now() - KEPT}
+    rows = session.execute(_OPEN, about).all()
+    first = nsmallest(LOOKS, rows, key=lambda row: (row.shown_at is None, _draw(annotator, row.key)))
+    if first:  # what will nearly always be taken is read before the others have to wait
+        session.get(Item, first[0].id)
+        session.get(Claim, (annotator, first[0].id))
     lock(session)
-    for row in rows[:LOOKS]:
-        if session.execute(_open_items(annotator, kind, row.id)).first():
+    for row in first:
+        if session.execute(_OPEN_ONE, {**about, "item": row.id}).first():
             return session.get(Item, row.id)
     if len(rows) <= LOOKS:
         return None
-    still = session.execute(query).all()  # many people took many items in this moment
+    still = session.execute(_OPEN, about).all()  # many people took many items in this moment
     chosen = min(still, key=lambda row: _draw(annotator, row.key), default=None)
     return session.get(Item, chosen.id) if chosen else None
 
 
-def _open_items(annotator: int, kind: Kind, item: int | None = None) -> Select[tuple[int, str, datetime]]:
+# ---- the questions to the database, put together once: that costs more than most of the answers
+#
+# `me` is who asks, `kind` of which items, `item` which one, `since` how long an item that was shown is kept. Judgements
+# of this person count as others' do where it is asked whether a place is left: an item that they judged is not open.
+
+ME: BindParameter[int] = bindparam("me")
+KIND: BindParameter[str] = bindparam("kind")
+_JUDGED_BY_ME = select(Judgement.item_id).where(Judgement.annotator_id == ME, LIVE)
+
+
+def _count_by_item(*conditions: ColumnElement[bool]) -> Subquery:
+    query = select(Judgement.item_id, func.count().label("number")).where(COUNTS, *conditions)
+    return query.group_by(Judgement.item_id).subquery()
+
+
+def _open_to_me(taken: ColumnElement[int]) -> ColumnElement[bool]:
+    """What makes an item one that this person may still judge. Gold questions are for everybody."""
+    return Item.id.not_in(_JUDGED_BY_ME) & ((taken < Item.overlap) | Item.gold.is_not(None))
+
+
+def _open_items(*, one: bool) -> Select[tuple[int, str, datetime]]:
     """Number, key and when it was last shown, of each item that this person may judge and others leave a place of.
 
-    With an item only that one; said in every part, since databases count all the others otherwise.
+    With one item only that; said in every part, since databases count all the others otherwise.
     """
-    only = [column == item for column in (Judgement.item_id, Claim.item_id, Item.id) if item is not None]
-    others = _count_by_item(COUNTS, Judgement.annotator_id != annotator, *only[:1])
+    only = [column == bindparam("item") for column in (Judgement.item_id, Claim.item_id, Item.id) if one]
+    given = _count_by_item(*only[:1])
     answered = select(Judgement.id).where(
         Judgement.annotator_id == Claim.annotator_id, Judgement.item_id == Claim.item_id, LIVE
     )
     held = (
         select(Claim.item_id, func.count().label("number"))
-        .where(Claim.annotator_id != annotator, Claim.shown_at > now() - KEPT, ~answered.exists(), *only[1:2])
+        .where(Claim.annotator_id != ME, Claim.shown_at > bindparam("since"), ~answered.exists(), *only[1:2])
         .group_by(Claim.item_id)
         .subquery()
     )
-    taken = func.coalesce(others.c.number, 0) + func.coalesce(held.c.number, 0)
+    taken = func.coalesce(given.c.number, 0) + func.coalesce(held.c.number, 0)
     return (
         select(Item.id, Item.key, Claim.shown_at)
-        .outerjoin(others, others.c.item_id == Item.id)
+        .outerjoin(given, given.c.item_id == Item.id)
         .outerjoin(held, held.c.item_id == Item.id)
-        .outerjoin(Claim, (Claim.item_id == Item.id) & (Claim.annotator_id == annotator))
-        .where(*_open_to(annotator, kind, taken), *only[2:])
+        .outerjoin(Claim, (Claim.item_id == Item.id) & (Claim.annotator_id == ME))
+        .where(Item.kind == KIND, _open_to_me(taken), *only[2:])
     )
 
 
-def _open_to(annotator: int, kind: Kind, taken: ColumnElement[int]) -> list[ColumnElement[bool]]:
-    """What makes an item one that this person may still judge. Gold questions are for everybody."""
-    wanted = (taken < Item.overlap) | Item.gold.is_not(None)
-    return [Item.kind == kind, Item.id.not_in(_judged_by(annotator)), wanted]
+def _all() -> Select[tuple[int, int, int]]:
+    """Of a kind: judgements given, of each item as many as wanted at most; wanted; and items open to this person."""
+    given = _count_by_item()
+    number = func.coalesce(given.c.number, 0)
+    return (
+        select(
+            func.sum(case((number < Item.overlap, number), else_=Item.overlap)),
+            func.sum(Item.overlap),
+            func.sum(case((_open_to_me(number), 1), else_=0)),
+        )
+        .outerjoin(given, given.c.item_id == Item.id)
+        .where(Item.kind == KIND)
+    )
 
 
-def _count_by_item(*conditions: ColumnElement[bool]) -> Subquery:
-    query = select(Judgement.item_id, func.count().label("number")).where(*conditions)
-    return query.group_by(Judgement.item_id).subquery()
-
-
-def _judged_by(annotator: int) -> Select[tuple[int]]:
-    return select(Judgement.item_id).where(Judgement.annotator_id == annotator, LIVE)
+_OPEN, _OPEN_ONE, _ALL = _open_items(one=False), _open_items(one=True), _all()
+_MINE = (
+    select(func.count(), func.sum(case((Judgement.created_at >= bindparam("midnight"), 1), else_=0)))
+    .select_from(Judgement)
+    .join(Item)
+    .where(COUNTS, Item.kind == KIND, Judgement.annotator_id == ME)
+)
+_LAST = (
+    select(Judgement.id)
+    .join(Item)
+    .where(Judgement.annotator_id == ME, LIVE, Item.kind == KIND)
+    .order_by(Judgement.id.desc())
+    .limit(1)
+)
+_UNDONE = (
+    select(Judgement)
+    .join(Item)
+    .where(Judgement.annotator_id == ME, Judgement.withdrawn_at.is_not(None), Item.kind == KIND)
+    .where(Item.id.not_in(_JUDGED_BY_ME))
+    .order_by(Judgement.withdrawn_at.desc(), Judgement.id.desc())
+    .limit(1)
+)
 
 
 def _of(annotator: int, item: int) -> ColumnElement[bool]:
     return (Judgement.annotator_id == annotator) & (Judgement.item_id == item)
 
 
+@lru_cache(maxsize=100_000)
 def _draw(annotator: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{annotator} {key}".encode()).digest()[:8], "big")
 

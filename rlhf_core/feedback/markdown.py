@@ -5,6 +5,7 @@ content security policy of every page stands behind it.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -20,6 +21,11 @@ def as_html(text: str) -> Markup:
     """The text as HTML, safe to put into a page. A line break stays one, as a chat shows it."""
     if len(text) > LONGEST:
         return Markup('<p class="plain">{}</p>').format(text)
+    return _drawn(text)
+
+
+@lru_cache(maxsize=1024)  # several people see an item, and one of them more than once; 50 MB at the very most
+def _drawn(text: str) -> Markup:
     return Markup(_MARKDOWN.render(text))
 
 

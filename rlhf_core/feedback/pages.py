@@ -79,15 +79,15 @@ def logout(request: Request) -> Response:
 @router.get("/rank")
 @router.get("/compare")
 @router.get("/write")
-def judge(request: Request, me: Me) -> Response:
+def judge(request: Request) -> Response:
     """The next item of a kind."""
+    me = require_person(request)  # here and not as a dependency, which would wait for a thread of its own
     kind: Kind = next(kind for kind in KINDS if request.url.path == f"/{kind}")
     desk = desk_of(request)
     with desk.store.session() as session:
-        item = judging.show_next(session, me.id, kind, lock=desk.store.lock)
-    with desk.store.session() as session:
         progress = judging.progress(session, me.id, kind, a_day=desk.a_day)
         last = judging.last_judgement(session, me.id, kind)
+        item = judging.show_next(session, me.id, kind, lock=desk.store.lock)  # last, for it holds a lock to the end
     most = judging.MOST_SCORE
     return render(request, f"{kind}.html.j2", kind=kind, item=item, progress=progress, last=last, most=most)
 
@@ -99,7 +99,7 @@ def store_judgement(request: Request, me: Me, sent: Submission) -> dict[str, Any
 
     def submit() -> bool:
         with desk.store.session() as session:
-            return judging.submit(session, me.id, sent, desk.version)
+            return judging.submit(session, me.id, sent, desk.version, queue=desk.store.queue)
 
     try:
         return {"stored": True, "new": _again_if_outrun(submit)}

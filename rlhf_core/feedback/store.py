@@ -6,6 +6,7 @@ Nothing is deleted: undoing a judgement marks it as withdrawn, and the next one 
 import os
 import secrets
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,9 @@ from rlhf_core.errors import ConfigError, ResourceError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 LOCK = 0x726C6866  # PostgreSQL's advisory lock of this application: any number that others do not use
+ADVISORY_LOCK, BEGIN = text(f"SELECT pg_advisory_xact_lock({LOCK})"), text("BEGIN IMMEDIATE")
+QUEUED = "queued"  # in a session that holds its place among those who write
+CONNECTIONS = 8  # kept open, and used at once: as many requests as are worked on at once
 
 
 def now() -> datetime:
@@ -124,22 +128,44 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._writing = threading.Lock()
+        self._has_login = False
 
     @contextmanager
     def session(self) -> Iterator[Session]:
         """A session that is committed at the end, or rolled back on an error."""
-        with Session(self.engine) as session, session.begin():
-            yield session
+        session = Session(self.engine)
+        try:
+            with session, session.begin():
+                yield session
+        finally:
+            if session.info.pop(QUEUED, False):
+                self._writing.release()
+
+    def queue(self, session: Session) -> None:
+        """On SQLite, which has one writer: write after the others of this process, in the order of asking, until the
+        session ends. SQLite itself has those who wait look again now and then, up to a tenth of a second late.
+
+        Call it before the session has written anything.
+        """
+        if self.engine.dialect.name == "sqlite" and QUEUED not in session.info:
+            self._writing.acquire()
+            session.info[QUEUED] = True
+            session.execute(BEGIN)
 
     def lock(self, session: Session) -> None:
         """Until this session ends, others that ask for the lock wait: who looks and then writes is not outrun."""
-        sqlite = self.engine.dialect.name == "sqlite"
-        session.execute(text("BEGIN IMMEDIATE" if sqlite else f"SELECT pg_advisory_xact_lock({LOCK})"))
+        self.queue(session)
+        if self.engine.dialect.name != "sqlite":
+            session.execute(ADVISORY_LOCK)
 
     def has_login(self) -> bool:
-        """Whether anyone can log in with a password."""
-        with self.session() as session:
-            return session.scalar(select(Annotator.id).where(Annotator.password_hash.is_not(None)).limit(1)) is not None
+        """Whether anyone can log in with a password; once somebody can, somebody always can."""
+        if not self._has_login:
+            with self.session() as session:
+                found = session.scalar(select(Annotator.id).where(Annotator.password_hash.is_not(None)).limit(1))
+            self._has_login = found is not None
+        return self._has_login
 
     def close(self) -> None:
         """Let go of the database."""
@@ -161,7 +187,9 @@ def open_store(database: str | Path) -> Store:
         _make_private(Path(url))
         url = f"sqlite:///{Path(url).resolve()}"
     try:
-        engine = create_engine(url, pool_pre_ping=True)
+        # Kept open: with PostgreSQL each new one is a process, with SQLite a file to open and settings to make.
+        pool = {} if url.startswith("sqlite") and ":memory:" in url else {"pool_size": CONNECTIONS, "max_overflow": 32}
+        engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"), **pool)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_up_sqlite)
         with engine.begin() as connection:
