@@ -40,6 +40,7 @@ KEPT = {  # what a round leaves, by its place in rounds/NNN
     "stages.yaml": "dvc.yaml",  # by its own name DVC would take it for a pipeline
     "dvc.lock": "dvc.lock",
 }
+PEOPLES_REPORT = "artifacts/gate/report.html"  # the same with what people said, where they were asked
 CONTINUED = ("ppo", "reward", "answers.jsonl")  # what the next round starts from
 
 
@@ -177,6 +178,8 @@ def end_round(campaign: Campaign, number: int, verdict: Mapping[str, Any]) -> di
     for name, source in KEPT.items():
         if (campaign.folder / source).exists():
             _copy(campaign.folder / source, partial / name)
+    if number and (campaign.folder / PEOPLES_REPORT).is_file():
+        _copy(campaign.folder / PEOPLES_REPORT, partial / "report.html")
     if campaign.feedback_file(number).is_file():
         shutil.copy(campaign.feedback_file(number), partial / "feedback.jsonl")
     start = None if number == 0 else campaign.promoted()

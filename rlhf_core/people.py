@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from rlhf_core.agreement import krippendorff_alpha, table
 from rlhf_core.config import Gate
@@ -21,6 +22,8 @@ class People(NamedTuple):
     annotators: int
     agreement: float  # share of decided judgements in which the gold model prefers the same answer; a tie of its is ½
     alpha: float | None  # Krippendorff's among people; None where no pair was judged twice, or all said the same
+    new_first: float | None  # share of judgements in which the new policy's answer stood first; None where not kept
+    chose_first: float | None  # share of decided judgements for what stood first
 
     def metrics(self) -> dict[str, float]:
         """As numbers with names."""
@@ -33,19 +36,58 @@ class People(NamedTuple):
             "annotators": float(self.annotators),
             "gold_agreement": self.agreement,
         }
-        return found if self.alpha is None else {**found, "alpha": self.alpha}
+        rest = {"alpha": self.alpha, "new_first": self.new_first, "chose_first": self.chose_first}
+        return {**found, **{name: value for name, value in rest.items() if value is not None}}
 
     def lines(self) -> list[str]:
         """As a Markdown table."""
-        among = "cannot be told" if self.alpha is None else f"{self.alpha:.2f}"
-        return [
-            "| the new policy's win rate, on the answers that people saw | |",
-            "|---|---|",
-            f"| by people ({self.annotators}, {self.judgements} judgements) | {_shown(self.win_rate)} |",
-            f"| by the gold model | {_shown(self.gold)} |",
-            f"| people and gold model prefer the same | {self.agreement:.0%} |",
-            f"| agreement among people (Krippendorff's alpha) | {among} |",
+        lines = ["| the new policy's win rate, on the answers that people saw | |", "|---|---|"]
+        return lines + [f"| {what} | {value} |" for what, value in self.rows()]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What it is, and its value."""
+        found = [
+            (f"by people ({self.annotators}, {self.judgements} judgements)", _shown(self.win_rate)),
+            ("by the gold model", _shown(self.gold)),
+            ("people and gold model prefer the same", f"{self.agreement:.0%}"),
+            (
+                "agreement among people (Krippendorff's alpha)",
+                "cannot be told" if self.alpha is None else f"{self.alpha:.2f}",
+            ),
         ]
+        if self.new_first is not None:
+            found.append(("the new policy's answer stood first", f"{self.new_first:.0%}"))
+        if self.chose_first is not None:
+            found.append(("people chose what stood first", f"{self.chose_first:.0%}"))
+        return found
+
+
+SECTION = Markup(
+    """<section id="people">
+  <h2>What people said</h2>
+  <p>{lead}</p>
+  <table class="policies"><tbody>
+{rows}
+  </tbody></table>
+</section>
+
+"""
+)
+ROW = Markup('  <tr><th scope="row">{}</th><td>{}</td></tr>')
+LINK, PLACE = '<a href="#policies">', '<section id="policies">'  # of the report, before which people's part stands
+
+
+def in_report(page: str, people: People, number: int) -> str:
+    """Stage evaluate's report with what people said of a round, which is known after it only."""
+    lead = (
+        f"Blind, and on sides drawn anew for each person and pair, people compared the answers of round {number}'s "
+        f"policy with the current one's. They prefer the new one in {_shown(people.win_rate)}, the 95% interval over "
+        "prompts; a tie and both bad count half."
+    )
+    rows = Markup("\n").join(ROW.format(what[:1].upper() + what[1:], value) for what, value in people.rows())
+    assert page.count(LINK) == page.count(PLACE) == 1, "the report has one section of policies"
+    page = page.replace(LINK, f'<a href="#people">People</a>{LINK}')
+    return page.replace(PLACE, str(SECTION.format(lead=lead, rows=rows)) + PLACE)
 
 
 def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], config: Gate) -> People | None:
@@ -53,15 +95,21 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
 
     Args:
         rows: judgements with `prompt`, `responses` (new policy's first), `ranks` and `annotator`; both bad is a tie.
+            Where they have `first`, it is the index of the response that stood first on the page.
         pairs: the answers that could be judged.
     """
     gold_of = {(pair.prompt, pair.new, pair.current): pair.gold for pair in pairs}
     said: list[tuple[str, tuple[str, str, str], float]] = []
+    first: list[float] = []  # 1 where the new policy's answer stood first
+    chosen: list[float] = []  # 1 where what stood first was preferred
     for row in rows:
         key = (_last(row["prompt"]), *row["responses"])
         if key in gold_of:
             new, current = row["ranks"]
             said.append((row["annotator"], key, 1.0 if new < current else 0.5 if new == current else 0.0))
+            if "first" in row:
+                first.append(float(row["first"] == 0))
+                chosen += [float((new < current) == (row["first"] == 0))] if new != current else []
     if not said:
         return None
     prompts = [key[0] for _, key, _ in said]
@@ -78,6 +126,8 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
         len({who for who, _, _ in said}),
         float(np.mean([1.0 - abs(gold - won) for gold, won in decided])) if decided else 0.5,
         alpha if math.isfinite(alpha) else None,
+        float(np.mean(first)) if first else None,
+        float(np.mean(chosen)) if chosen else None,
     )
 
 

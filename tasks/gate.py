@@ -13,18 +13,19 @@ from rlhf_core.data import parse_prompt, read_rows
 from rlhf_core.errors import DataError
 from rlhf_core.feedback.annotators import Item, rule
 from rlhf_core.gate import Pair, Verdict, judge_round, outcome, pair_answers, rate
-from rlhf_core.people import People, people_beside_gold
+from rlhf_core.people import People, in_report, people_beside_gold
 from rlhf_core.statistics import Interval
 from tasks.stage import stage_run, write_json, write_text
 
 FOLDER = Path("artifacts/gate")
 ANSWERS, CURRENT = Path("artifacts/evaluate/answers.jsonl"), Path("artifacts/start/answers.jsonl")
 EVALUATION = Path("metrics/evaluate.json")
+REPORT = Path("artifacts/evaluate/report.html")
 COMPARISONS = Path("data/comparisons.json")  # what people said of both; [] where nobody was asked
 
 
 def main() -> None:
-    with stage_run("gate", deps=[ANSWERS, CURRENT, EVALUATION, COMPARISONS]) as run:
+    with stage_run("gate", deps=[ANSWERS, CURRENT, EVALUATION, REPORT, COMPARISONS]) as run:
         if not run.main:  # of several processes one is enough
             return
         config = run.params.gate
@@ -36,6 +37,8 @@ def main() -> None:
         metrics: dict[str, Any] = dict(verdict.metrics)
         if people is not None:
             metrics["people"] = people.metrics()
+            page = in_report(REPORT.read_text(encoding="utf-8"), people, run.params.preferences.round)
+            write_text(FOLDER / "report.html", page)
         write_json(FOLDER / "verdict.json", {"promoted": verdict.promoted, "checks": _checks(verdict)})
         write_text(FOLDER / "report.md", report(verdict, people, run.params.preferences.round))
         run.finish_metrics(metrics)

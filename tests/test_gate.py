@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
+from toy import PROJECT
 
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
 from rlhf_core.gate import Pair, Verdict, judge_round, outcome, pair_answers, rate
-from rlhf_core.people import people_beside_gold
+from rlhf_core.people import in_report, people_beside_gold
 from rlhf_core.statistics import Interval
 
 VALUES: dict[str, Any] = {
@@ -171,3 +172,35 @@ def test_agreement_among_people_needs_a_pair_that_several_judged() -> None:
 def test_where_nobody_judged_there_is_nothing_beside_the_gold_model() -> None:
     assert people_beside_gold([], GOOD, CONFIG) is None
     assert people_beside_gold([said("kim", pairs(1, 0, category="other")[0], (1, 2))], GOOD, CONFIG) is None
+
+
+def test_it_tells_which_side_answers_stood_on_and_which_side_people_chose() -> None:
+    seen = pairs(2, 2)
+    sides, ranks = (0, 1, 0, 0), ((1, 2), (1, 2), (2, 1), (1, 1))
+    rows = [{**said("kim", pair, rank), "first": side} for pair, side, rank in zip(seen, sides, ranks, strict=True)]
+    found = people_beside_gold(rows, seen, CONFIG)
+    assert found is not None
+    assert found.new_first == pytest.approx(3 / 4)
+    assert found.chose_first == pytest.approx(1 / 3)  # first: the new one, chosen; then the new one, second; then not
+    assert {"new_first", "chose_first"} < set(found.metrics())
+    assert "| people chose what stood first | 33% |" in found.lines()
+
+
+def test_the_report_shows_what_people_said_and_nothing_else_changes() -> None:
+    page = '<nav><a href="#policies">Policies</a></nav><section id="policies">\n</section>'
+    found = people_beside_gold([said("<kim>", pair, (1, 2)) for pair in pairs(4, 0)], pairs(4, 0), CONFIG)
+    assert found is not None
+    shown = in_report(page, found, 3)
+    assert '<nav><a href="#people">People</a><a href="#policies">' in shown
+    assert "round 3&#39;s policy" in shown
+    assert '<tr><th scope="row">By people (1, 4 judgements)</th><td>100% (100% to 100%)</td></tr>' in shown
+    assert shown.index('id="people"') < shown.index('id="policies"')
+    start, end = shown.index('<section id="people">'), shown.index('<section id="policies">')
+    assert (shown[:start] + shown[end:]).replace('<a href="#people">People</a>', "") == page
+
+
+def test_the_reports_page_has_the_places_that_people_are_put_before() -> None:
+    from rlhf_core.people import LINK, PLACE
+
+    template = (PROJECT / "rlhf_core/templates/report.html.j2").read_text(encoding="utf-8")
+    assert (template.count(LINK), template.count(PLACE)) == (1, 1)

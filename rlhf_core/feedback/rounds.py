@@ -52,7 +52,7 @@ def rankings(session: Session, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def comparisons(session: Session, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What was said of these pairs: ranks in the items' order, equal ones for a tie or both bad."""
+    """What was said of these pairs: ranks in the items' order, equal for a tie or both bad; `first` stood first."""
     query = select(Judgement).join(Item).where(LIVE, Judgement.verdict != "skipped", Item.key.in_(keys))
     for judgement in session.scalars(query.order_by(Judgement.id)):
         item = judgement.item
@@ -63,4 +63,5 @@ def comparisons(session: Session, keys: Sequence[str]) -> Iterator[dict[str, Any
             "annotator": judgement.annotator.name,
             "guideline": judgement.guideline,
             "verdict": judgement.verdict,
+            "first": judgement.presented[0],
         }
