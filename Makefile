@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume test-thorough test-browser lint format ui prefect-ui repro known-answers golden mutants parity parity-training lock clean preflight
+.PHONY: help run tiny test test-resume test-thorough test-online test-browser lint format ui prefect-ui repro known-answers golden mutants parity parity-training lock clean preflight
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -29,6 +29,9 @@ test-resume: $(VENV)/.installed ## kill the tiny recipe ten times; it has to end
 
 test-thorough: $(VENV)/.installed ## several training processes, and simulations that take long
 	@$(BIN)/python -m pytest -m thorough
+
+test-online: $(VENV)/.installed ## online rounds by a rule, a person, a schedule and a coin, and killed in every phase
+	@$(BIN)/python -m pytest -m online
 
 test-browser: $(VENV)/.installed ## the feedback pages in Chromium, and twenty people at once; SQLite and PostgreSQL
 	@for tool in chromium chromedriver; do command -v $$tool >/dev/null || { \

@@ -223,20 +223,20 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     return _write(GPT2LMHeadModel(config), tokenizer, folder)
 
 
-def write_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Path:
+def write_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, *, ends: float = 0.12, **changes: Any) -> Path:
     sizes = {"num_hidden_layers": 3, "max_position_embeddings": 256, "initializer_range": 0.2}
-    return _write(make_llama(tokenizer, tie_word_embeddings=False, **sizes, **changes), tokenizer, folder)
+    return _write(make_llama(tokenizer, tie_word_embeddings=False, **sizes, **changes), tokenizer, folder, ends)
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
-    _end_turns(model, tokenizer.eos_token_id)
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, ends: float = 0.12) -> Path:
+    _end_turns(model, tokenizer.eos_token_id, share=ends)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _end_turns(model: PreTrainedModel, eos: int, *, share: float = 0.12) -> None:
+def _end_turns(model: PreTrainedModel, eos: int, *, share: float) -> None:
     """Let the end of turn be `share` of all next tokens, where a random head would give it 1 in 300."""
     model.eval()
     ids = torch.randint(3, 300, (32, 8), generator=torch.Generator().manual_seed(1))
