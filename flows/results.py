@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.alarm import find_alarms
+from rlhf_core.config import load_params
+from tasks.files import read_csv
+
 METRICS = Path("metrics/evaluate.json")
+CURVES = Path("plots/ppo.csv")
 REPORT = Path("artifacts/evaluate/report.html")
 NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}  # in the order of columns
 ROWS = {  # key of metrics/evaluate.json → what a reader sees, and its digits
@@ -61,6 +66,16 @@ def markdown(evaluate: Mapping[str, Any]) -> str:
     return "\n".join([*head, *body, "", *(f"- {line}" for line in win_rates(evaluate)), "", f"Report: `{REPORT}`"])
 
 
+def alarms(root: Path) -> list[str]:
+    """What PPO's alarm said in the last run, one line each: the rule over its curves, as the loop applied it."""
+    curves = root / CURVES
+    history = read_csv(curves) if curves.is_file() else []
+    if not any("ppo/alarm" in row for row in history):  # nothing was watched
+        return []
+    window = load_params(root / "params.yaml").ppo.watch_window
+    return [f"Alarm for reward hacking at {alarm.text()}" for alarm in find_alarms(history, window)]
+
+
 def publish_results(root: Path) -> None:
     """Print the table and keep it as an artifact of the flow run; nothing where evaluate has not run yet."""
     if not (root / METRICS).is_file():
@@ -69,6 +84,10 @@ def publish_results(root: Path) -> None:
     print_results(evaluate, root / REPORT)
     from prefect.artifacts import create_markdown_artifact
 
+    if raised := alarms(root):
+        print(*raised, sep="\n")
+        text = "\n".join(["# Alarm for reward hacking", "", *(f"- {line}" for line in raised)])
+        create_markdown_artifact(text, key="rlhf-alarm", description="The reward rose while what it stands for fell")
     create_markdown_artifact(markdown(evaluate), key="rlhf-results", description="The policies side by side")
 
 

@@ -220,6 +220,12 @@ class PPO(Training):
     )
     cost_memory: int = Field(ge=1, description="constrained: updates over which the mean cost moves.")
     missing_eos_penalty: float = Field(ge=0, description="Taken off the score of a response that never stopped.")
+    length_penalty: float = Field(
+        ge=0,
+        description="Taken off the score, as the missing-EOS penalty is: this times each token of the response past "
+        "length_free, its stop token included. Reward units a token; 0 for none.",
+    )
+    length_free: int = Field(ge=0, description="Tokens of a response that cost nothing with length_penalty.")
     early_stop_kl: float = Field(
         gt=0, description="End an update's epochs once approx-KL to the old policy passes this."
     )
@@ -227,6 +233,29 @@ class PPO(Training):
         description="Folder with policy/ and value/ to continue from; empty begins at the SFT policy. The KL is to the "
         "SFT policy either way."
     )
+    watch_every: int = Field(
+        ge=0,
+        description="Each how many updates the responses are scored by the gold model and looked through for "
+        "repetition, and the alarm for reward hacking is asked; 0 for never. Nothing is learnt from it.",
+    )
+    watch_window: int = Field(ge=7, le=200, description="Watched updates that the alarm looks at together.")
+    on_alarm: Literal["log", "lower_rate", "stop"] = Field(
+        description="Tell an alarm; or lower the learning rates to a quarter with each; or stop and go back to the "
+        "best policy by gold score, or without one to the newest from before the alarm's window."
+    )
+
+    @model_validator(mode="after")
+    def _can_be_alarmed(self) -> "PPO":
+        if self.on_alarm != "log":
+            if not self.watch_every:
+                raise ValueError(f"on_alarm {self.on_alarm} needs watch_every above 0: without it there is no alarm")
+            looks = 1 + (self.updates - 1) // self.watch_every
+            if looks < self.watch_window:
+                raise ValueError(
+                    f"on_alarm {self.on_alarm} never happens: {looks} of {self.updates} updates are watched, and "
+                    f"watch_window is {self.watch_window}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> "PPO":

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import processes
+from rlhf_core.alarm import LOWERED, find_alarms
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO
 from rlhf_core.ensemble import load_ensemble, member_scores, members_of
@@ -39,6 +40,7 @@ from rlhf_core.optimisation import adamw, rate_factor, require_finite, set_rate,
 from rlhf_core.records import Rollouts, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.tracking import Tracker
+from rlhf_core.watch import GOLD, MEASURED, Kept, final_watched, measure_watched
 
 POLICY, VALUE, REWARD = "policy", "value", "reward"
 COST = "cost"  # the value model's second head, where a cost is limited
@@ -104,6 +106,7 @@ def train_ppo(
     tracker: Tracker,
     checkpoints: Checkpoints = NO_CHECKPOINTS,
     score: Score | None = None,
+    gold: Callable[[Sampled], Tensor] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train roles "policy" and "value", which `add_roles` made.
 
@@ -112,10 +115,13 @@ def train_ppo(
         score: what responses are worth, in place of role "reward", which then need not be there; for several
             objectives by the names of their axes, and "score" for what stands beside them. The value model predicts
             it, so around ±1 is best. Each of several processes asks for all responses and must get the same numbers.
+        gold: what they are worth to a judge whom nothing climbs, in place of role "gold", where config.watch_every asks
+            for it; with neither, what is watched has no gold score.
         checkpoints: where a loop that was stopped goes on from.
 
     Returns:
         Final metrics (means over the last tenth of the updates, `updates`, `tokens`), and the sampled responses shown.
+        Where an alarm made it go back, those of the policy that it went back to, and its `kept_update`.
 
     Raises:
         TrainingDiverged: a quantity that was measured, a loss or a gradient is not finite.
@@ -141,17 +147,21 @@ def train_ppo(
         else FixedKL(config.kl_coef)
     )
     multiplier = multiplier_of(config)
-    state = LoopState(
-        {"policy": policy_parameters, "value": value_parameters},
-        {"policy": policy_optimiser, "value": value_optimiser},
-        generator,
-    )
+    trained: dict[str, Sequence[Tensor]] = {"policy": policy_parameters, "value": value_parameters}
+    kept = None
+    if config.on_alarm == "stop":
+        has_gold = gold is not None or GOLD in roles.heads
+        kept = Kept([*policy_parameters, *value_parameters], gold=has_gold, window=config.watch_window)
+        trained |= {"kept": kept.newest, "kept_older": kept.older}
+    state = LoopState(trained, {"policy": policy_optimiser, "value": value_optimiser}, generator)
     so_far = checkpoints.restore(state)
     if so_far is None:
         so_far = {"update": 0, "tokens": 0, "kl_coef": controller.coef, "prompts_left": [], "history": [], "shown": []}
         so_far["moments"] = vars(RunningMoments())
         if multiplier is not None:
             so_far["multiplier"] = multiplier.state()
+    if kept is not None:
+        kept.values = so_far.setdefault("kept", kept.values)
     controller.coef = so_far["kl_coef"]
     moments = RunningMoments(**so_far["moments"])
     if multiplier is not None:
@@ -159,6 +169,7 @@ def train_ppo(
     history, shown, prompts_left = so_far["history"], so_far["shown"], so_far["prompts_left"]
     for row in shown:  # the table of a run that was stopped went to another record
         tracker.table("ppo/samples", [row], step=row["update"])
+    alarm = None
     for update in range(so_far["update"] + 1, config.updates + 1):
         began = time.perf_counter()
         wanted = config.rollouts // config.samples_per_prompt
@@ -178,12 +189,25 @@ def train_ppo(
             multiplier=multiplier.value if multiplier is not None else 0.0,
         )  # fmt: skip
         factor = rate_factor(update - 1, steps=config.updates, warmup=config.warmup_updates, schedule=config.schedule)
+        if config.watch_every and (update - 1) % config.watch_every == 0:
+            size = config.micro_batch_size
+            metrics |= measure_watched(roles, sampled, rollouts.trunk, micro_batch_size=size, gold=gold)
+            raised = find_alarms([*history, metrics], config.watch_window)
+            alarm = raised[-1] if raised and raised[-1].update == update else None
+            metrics["ppo/alarm"] = float(alarm is not None)
+            if alarm is not None:
+                tracker.remark("ppo/alarm", alarm.text())
+            if kept is not None:
+                kept.offer([*history, metrics])
+        going_back = alarm is not None and kept is not None  # it has then measured its last responses
+        if config.on_alarm == "lower_rate":
+            factor *= LOWERED ** sum(row.get("ppo/alarm", 0.0) for row in (*history, metrics))
         set_rate(policy_optimiser, config.learning_rate * factor)
         set_rate(value_optimiser, config.value_learning_rate * factor)
         learn_policy = update > config.value_warmup_updates
         seen: list[dict[str, float]] = []  # one a minibatch, that which stopped the update included
         steps_taken, stopped = 0, False
-        for _ in range(config.epochs):
+        for _ in range(0 if going_back else config.epochs):
             for index in torch.randperm(config.rollouts, generator=generator).split(config.minibatch_size):
                 token_count = int(sampled.mask_BT[index].sum())
                 minibatch = rollouts.rows(processes.places_of(index))
@@ -225,7 +249,7 @@ def train_ppo(
             metrics["ppo/mean_cost"] = multiplier.mean
         tokens = sum(map(len, sampled.prompts)) + int(sampled.mask_BT.sum())
         so_far["tokens"] += tokens
-        metrics |= {name: _mean([step[name] for step in seen if name in step]) for name in seen[0]}
+        metrics |= {name: _mean([step[name] for step in seen if name in step]) for name in (seen[0] if seen else ())}
         metrics |= {
             "ppo/learning_rate": config.learning_rate * factor,
             "ppo/minibatches": steps_taken,
@@ -241,15 +265,22 @@ def train_ppo(
             note += f"  cost {metrics['ppo/cost']:.2f}  lambda {metrics['ppo/lambda']:.2f}"
             so_far["multiplier"] = multiplier.state()
         tracker.progress(update, config.updates, unit="updates", tokens=tokens, note=note)
+        if going_back:
+            break
         so_far |= {"update": update, "kl_coef": controller.coef, "moments": vars(moments)}
         checkpoints.offer(update, state, so_far, score=metrics["ppo/reward"])
+    learned, watched = len(history), final_watched(history)
+    if alarm is not None and kept is not None:
+        back_to = kept.go_back(alarm)
+        history, learned = history[:back_to], back_to - 1
+        watched = {**watched, **final_watched(history), "alarms": watched["alarms"], "kept_update": back_to}
     last = history[-max(config.updates // 10, 1) :]
     final = {
         name.removeprefix("ppo/"): _mean([metrics[name] for metrics in last if name in metrics])
         for name in last[-1]
-        if not name.endswith("_per_second")
+        if name not in MEASURED and not name.endswith("_per_second")
     }
-    return {**final, "updates": config.updates, "tokens": so_far["tokens"]}, shown
+    return {**final, **watched, "updates": learned, "tokens": so_far["tokens"]}, shown
 
 
 @torch.no_grad()
@@ -333,6 +364,8 @@ def measure_rollouts(
     if config.objective != "lexicographic":  # there each axis is clipped
         scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
     penalty_B = config.missing_eos_penalty * (~sampled.stopped_B).to(scores_B)
+    if config.length_penalty > 0:
+        penalty_B = penalty_B + config.length_penalty * (mask_BT.sum(1) - config.length_free).clamp(min=0)
     penalised_B = scores_B - penalty_B
     in_reward = kl_coef if config.kl_penalty == "reward" else 0.0
     rewards_BT = shape_rewards(penalised_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coef=in_reward)

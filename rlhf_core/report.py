@@ -15,6 +15,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlhf_core.alarm import find_alarms
 from rlhf_core.charts import (
     COLOURS,
     house_style,
@@ -162,7 +163,7 @@ def render_report(data: ReportData) -> str:
     page = environment.get_template("report.html.j2").render(
         data=data,
         names={policy: NAMES[policy] for policy in _judged(data.evaluate)},
-        verdict=verdict(data.evaluate),
+        verdict=_with_alarms(verdict(data.evaluate), data),
         checks=checks(data.evaluate, data.reward),
         table=_table(data.evaluate, greedy=False),
         greedy_table=_table(data.evaluate, greedy=True),
@@ -254,6 +255,15 @@ def verdict(evaluate: Mapping[str, Any]) -> Verdict:
                        -1: "The DPO baseline beats PPO"}  # fmt: skip
         notes.append(f"{against_dpo[_side(rates)]} ({percent(rates['gold_win_rate'])}, {_interval(rates)}).")
     return Verdict(headline, sentence, tuple(notes))
+
+
+def _with_alarms(found: Verdict, data: ReportData) -> Verdict:
+    """The verdict with the alarms that PPO raised, which come before whatever else is noted."""
+    raised = find_alarms(data.curves.get("ppo", ()), data.params.get("ppo", {}).get("watch_window", 0) or 10)
+    kept = _get(data.ppo, "kept_update")
+    after = "" if kept is None else f" It went back to the policy of update {kept:.0f}."
+    notes = [f"Alarm for reward hacking at {alarm.text()}.{after}" for alarm in raised]
+    return found._replace(notes=(*notes, *found.notes))
 
 
 def checks(evaluate: Mapping[str, Any], reward: Mapping[str, Any]) -> list[Check]:

@@ -119,6 +119,11 @@ PPO_SECTION = PPO.model_validate(
         "missing_eos_penalty": 1.0,
         "early_stop_kl": 10.0,
         "start": "",
+        "length_penalty": 0.0,
+        "length_free": 0,
+        "watch_every": 0,
+        "watch_window": 8,
+        "on_alarm": "log",
     }
 )
 

@@ -61,6 +61,7 @@ PPO_SETTINGS = {
     "spread_coef": 0.0, "start": "", "reward": "reward", "objective": "score", "axis_weights": {}, "axis_order": [],
     "thresholds": {}, "cost_axis": "", "cost_limit": 0.0, "lambda_init": 1.0, "lambda_min": 0.05, "lambda_max": 20.0,
     "lambda_learning_rate": 0.2, "cost_memory": 4,
+    "length_penalty": 0.0, "length_free": 0, "watch_every": 0, "watch_window": 10, "on_alarm": "log",
 }
 WALKS_SETTINGS = {
     "updates": 80, "rollouts": 200, "samples_per_prompt": 10, "response_tokens": LONGEST - 1,

@@ -7,9 +7,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data import encode_prompt, load_prepared
+from rlhf_core.ensemble import load_ensemble
 from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.ppo import POLICY, VALUE, Score, add_roles, train_ppo
 from rlhf_core.records import Prompt
+from rlhf_core.watch import GOLD
 from tasks.environment import record_folder
 from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
@@ -23,7 +25,7 @@ SPLITS = ("train", "validation", "gold")  # every prompt that is not in test; PP
 
 
 def main() -> None:
-    with stage_run("ppo", deps=[BASE, SFT_MODEL, REWARD_FOLDERS["reward"], PREPARED]) as run:
+    with stage_run("ppo", deps=[BASE, SFT_MODEL, *REWARD_FOLDERS.values(), PREPARED]) as run:
         config = run.params.ppo
         require_watched(run, "ppo.start", config.start)
         tokenizer = load_tokenizer(BASE)
@@ -33,6 +35,8 @@ def main() -> None:
         torch.manual_seed(config.seed)
         roles = Roles(SFT_MODEL, config)
         add_roles(roles, REWARD_FOLDERS["reward"], method=config.method, start=config.start, cost_axis=config.cost_axis)
+        if config.watch_every:  # nothing is learnt from what it says
+            load_ensemble(roles, GOLD, REWARD_FOLDERS["gold"])
         score = judge_score(run, roles, records, prompts, tokenizer) if config.reward == "judge" else None
         final, shown = train_ppo(
             roles, prompts, config, tokenizer=tokenizer, tracker=run, checkpoints=run.checkpoints, score=score

@@ -143,6 +143,13 @@ class StageRun:
         """Record rows of text and numbers, such as sample responses."""
         self._sink.table(name, rows, step=step)
 
+    def remark(self, name: str, text: str) -> None:
+        """Say something that a reader must not miss: a line, and a tag of the run."""
+        if self.main:
+            print(f"{name}: {text}", flush=True)
+        if isinstance(self._sink, MLflowTracker):
+            self._sink.remark(name, text)
+
     def progress(self, done: int, total: int, *, unit: str, tokens: int = 0, note: str = "") -> None:
         """Say how far the stage is."""
         self._sink.progress(done, total, unit=unit, tokens=tokens, note=note)

@@ -502,6 +502,10 @@ class MLflowTracker:
         """Add rows to a table of the run."""
         self._append("table", name=name, step=step, rows=[dict(row) for row in rows])
 
+    def remark(self, name: str, text: str) -> None:
+        """Keep a remark as a tag of the run, rlhf.<name>."""
+        self._append("tags", tags={f"rlhf.{name.replace('/', '.')}": text[:5000]})
+
     def progress(self, done: int, total: int, *, unit: str, tokens: int = 0, note: str = "") -> None:
         """Print how far the stage is, at most every five seconds."""
         self._bar.update(done, total, unit=unit, tokens=tokens, note=note)

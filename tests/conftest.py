@@ -122,6 +122,11 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "missing_eos_penalty": 0.0,
             "early_stop_kl": 100.0,
             "start": "",
+            "length_penalty": 0.0,
+            "length_free": 0,
+            "watch_every": 0,
+            "watch_window": 8,
+            "on_alarm": "log",
         },
     ),
     "dpo": (

@@ -94,6 +94,7 @@ def curves_in(source: str) -> set[str]:
 
 def logged_curves() -> set[str]:
     files = [PROJECT / "rlhf_core" / f"{stage}.py" for stage in STAGES[1:]] + sorted((PROJECT / "tasks").glob("*.py"))
+    files.append(PROJECT / "rlhf_core" / "watch.py")
     return set().union(*(curves_in(read(path)) for path in files))
 
 
@@ -114,7 +115,8 @@ def words(file: str, function: str) -> list[list[str]]:
 
 # Logged only where params.yaml asks for it.
 OPTIONAL = (
-    {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>", "evaluate/cost_limit"}
+    {f"ppo/{name}" for name in ("gold_score", "repetition", "alarm", "alarms", "alarm_update", "kept_update")}
+    | {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>", "evaluate/cost_limit"}
     | {f"ppo/{name}" for name in ("cost", "mean_cost", "lambda", "cost_value_loss")}
     | {f"evaluate/<policy>/{cost}{end}" for cost in ("cost", "gold_cost") for end in ("", "_low", "_high")}
     | {f"evaluate/best_of_n/<n>/{name}" for name in ("reward", "gold_reward", "kl")}
@@ -159,6 +161,8 @@ def logged_finals() -> set[str]:
     *_, ends = words("rlhf_core/ppo.py", "train_ppo")
     names |= below(["ppo"], ends)
     names |= {name for name in logged_curves() if name.startswith("ppo/") and not name.endswith(TIMINGS)}
+    names |= below(["ppo"], [*set().union(*words("rlhf_core/watch.py", "final_watched")), "kept_update"])
+    names -= {"ppo/alarm"}  # the final metric counts them
 
     each = [name for found in words("rlhf_core/evaluate.py", "_summary") for name in found]
     each += ["distinct_2", "reward_axes/<axis>", "gold_axes/<axis>"]

@@ -18,7 +18,7 @@ from stores import sqlite_store
 from test_pipeline import is_gone, wait_for
 from toy import PROJECT, dvc, make_toy
 
-from flows.results import markdown, table_rows
+from flows.results import alarms, markdown, table_rows
 from flows.server import free_port
 from tasks.pipeline import STAGES
 
@@ -272,3 +272,19 @@ def test_what_a_judge_says_is_a_ranking_that_tells_who_and_how_sure() -> None:
     assert "scores" not in row
     scored = as_ranking(Judgement((1, 2), {"reward": [0.5, 0.1]}), judge)
     assert parse_ranking({"prompt": "Q?", "responses": ["a", "b"], **scored}).scores == {"reward": [0.5, 0.1]}
+
+
+def test_an_alarm_of_ppo_is_told_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "params.yaml").write_bytes((PROJECT / "params.yaml").read_bytes())
+    assert alarms(tmp_path) == []  # there are no curves yet
+    curves = tmp_path / "plots" / "ppo.csv"
+    plain = [f"{update},{0.1 * update}" for update in range(1, 21)]
+    curves.write_text("\n".join(["step,ppo/score", *plain]) + "\n")
+    assert alarms(tmp_path) == []  # nothing was watched
+    watched = [f"{line},{1 - 0.1 * update},0.0,0.0" for update, line in enumerate(plain)]
+    curves.write_text("\n".join(["step,ppo/score,ppo/gold_score,ppo/repetition,ppo/alarm", *watched]) + "\n")
+    first, second = alarms(tmp_path)
+    assert first.startswith("Alarm for reward hacking at update 10: the reward rose from ")
+    assert "since update 1 the gold score falls (1 → 0.1)" in first
+    assert "update 20" in second
