@@ -21,6 +21,7 @@ from rlhf_core.errors import ConfigError, MissingArtifact
 from tasks.pipeline import STAGES, apply_overrides, apply_recipe, checkout
 from tasks.stage import write_json, write_text
 
+ONLINE = "online"  # what the workspace is for
 FIRST = STAGES  # round 0: the pipeline as it is
 SAMPLING, LEARNING, VERDICT = "preferences", ("reward", "ppo", "evaluate"), "gate"
 START, FEEDBACK, COMPARISONS = "artifacts/start", "data/feedback", "data/comparisons.json"
@@ -83,52 +84,66 @@ class Campaign:
 
 
 def open_campaign(name: str, *, project: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Campaign:
-    """Bring a campaign's workspace up to date with the project's code, or make one.
+    """Bring a campaign's workspace up to date with the project's code, or make one; raises as `open_workspace` does."""
+    campaign = Campaign(name, open_workspace(name, ONLINE, project=project, recipe=recipe, overrides=overrides))
+    write_text(campaign.folder / "dvc.yaml", _stages(campaign))
+    return campaign
 
-    Its parameters are the project's of the day it began, so that its rounds can be compared.
+
+def open_workspace(
+    name: str, kind: str, *, project: Path, recipe: str | None = None, overrides: Sequence[str] = ()
+) -> Path:
+    """Bring the workspace .rlhf/NAME up to date with the project's code, or make one; it has the project's stages.
+
+    Its parameters are the project's of the day it began, in campaign.yaml, so that what it computes can be compared.
+
+    Args:
+        kind: what it is for.
 
     Raises:
-        ConfigError: the name is not one, or recipe or overrides are given for a campaign that has begun with others.
+        ConfigError: the name is not one, or is taken by another kind; or recipe or overrides are given for one that has
+            begun with others.
     """
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"Found a campaign named {name!r}, expected letters, digits, - and _.")
-    campaign = Campaign(name, project / ".rlhf" / name)
-    begun = campaign.folder / "campaign.json"
+    folder = project / ".rlhf" / name
+    begun = folder / "campaign.json"
     wanted = {"recipe": recipe, "overrides": list(overrides)}
     if begun.is_file():
         known = json.loads(begun.read_text(encoding="utf-8"))
+        if (other := known.get("kind", ONLINE)) != kind:
+            raise ConfigError(f"Found {name} to be a campaign of `rlhf {other}`. Name another one for `rlhf {kind}`.")
         if (recipe or overrides) and wanted != {key: known[key] for key in wanted}:
             raise ConfigError(
                 f"Campaign {name} began with recipe {known['recipe']} and overrides {known['overrides']}. Leave them "
                 "out to go on with it, or name another campaign."
             )
-        _copy_code(campaign, project)
-        return campaign
-    if campaign.folder.exists() and any((campaign.folder / part).exists() for part in ("dvc.lock", "artifacts")):
-        raise ConfigError(f"{campaign.folder} is the workspace of a recipe. Give the campaign another name.")
-    _copy_code(campaign, project)
-    shutil.copy(project / "params.yaml", campaign.folder)
-    init_dvc(campaign.folder, cache=(project / ".dvc" / "cache").resolve())
-    params = load_params(campaign.folder / "params.yaml")
+        _copy_code(folder, project)
+        return folder
+    if folder.exists() and any((folder / part).exists() for part in ("dvc.lock", "artifacts")):
+        raise ConfigError(f"{folder} is the workspace of a recipe. Give the campaign another name.")
+    _copy_code(folder, project)
+    shutil.copy(project / "params.yaml", folder)
+    init_dvc(folder, cache=(project / ".dvc" / "cache").resolve())
+    params = load_params(folder / "params.yaml")
     if recipe:
-        params = apply_recipe(find_recipe(recipe, project), root=campaign.folder)
-    params = apply_overrides(overrides, root=campaign.folder)
-    make_base(params, campaign.folder)
+        params = apply_recipe(find_recipe(recipe, project), root=folder)
+    params = apply_overrides(overrides, root=folder)
+    make_base(params, folder)
     if not recipe and (project / "dvc.lock").is_file():  # what the project has computed need not be computed again
-        shutil.copy(project / "dvc.lock", campaign.folder)
+        shutil.copy(project / "dvc.lock", folder)
         for part in ("metrics", "plots"):
             if (project / part).is_dir():
-                shutil.copytree(project / part, campaign.folder / part, dirs_exist_ok=True)
-        checkout(root=campaign.folder)
-    shutil.copy(campaign.folder / "params.yaml", campaign.folder / "campaign.yaml")
-    write_json(begun, {**wanted, "id": uuid.uuid4().hex, "began": _now()})
-    return campaign
+                shutil.copytree(project / part, folder / part, dirs_exist_ok=True)
+        checkout(root=folder)
+    shutil.copy(folder / "params.yaml", folder / "campaign.yaml")
+    write_json(begun, {**wanted, "kind": kind, "id": uuid.uuid4().hex, "began": _now()})
+    return folder
 
 
-def _copy_code(campaign: Campaign, project: Path) -> None:
-    copy_code(campaign.folder, project)
-    shutil.copy(project / "dvc.yaml", campaign.folder / "pipeline.yaml")
-    write_text(campaign.folder / "dvc.yaml", _stages(campaign))
+def _copy_code(folder: Path, project: Path) -> None:
+    copy_code(folder, project)
+    shutil.copy(project / "dvc.yaml", folder / "pipeline.yaml")
 
 
 def begin_round(campaign: Campaign) -> int:
@@ -225,12 +240,17 @@ def overview(name: str, decisions: list[dict[str, Any]]) -> str:
 
 def _stages(campaign: Campaign) -> str:
     """dvc.yaml of the round under way: the project's, and for rounds after the first with two stages more."""
-    text = (campaign.folder / "pipeline.yaml").read_text(encoding="utf-8")
-    if campaign.next_round() == 0:
+    return with_stages(campaign.folder, "recipes/online/stages.yaml" if campaign.next_round() else None)
+
+
+def with_stages(folder: Path, added: str | None) -> str:
+    """dvc.yaml of a workspace: the project's, with the stages of a file, and what it adds to those that are there."""
+    text = (folder / "pipeline.yaml").read_text(encoding="utf-8")
+    if added is None:
         return text
     whole = yaml.safe_load(text)
-    added = yaml.safe_load((campaign.folder / "recipes/online/stages.yaml").read_text(encoding="utf-8"))
-    for name, parts in added["stages"].items():
+    more = yaml.safe_load((folder / added).read_text(encoding="utf-8"))
+    for name, parts in more["stages"].items():
         if name not in whole["stages"]:
             whole["stages"][name] = parts
             continue

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flows import campaigns, feedback, judge, preflight
+from flows import campaigns, constitutions, feedback, judge, preflight
 from flows.listening import require_free, warn_if_public
 from rlhf_core.errors import ResourceError, RLHFError
 from tasks.environment import record_folder
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(feedback.app, name="feedback")
 app.command("judge-check")(judge.judge_check)
 app.add_typer(campaigns.app, name="online")
+app.add_typer(constitutions.app, name="constitution")
 
 Overrides = Annotated[
     list[str] | None,
@@ -63,6 +64,7 @@ def about() -> None:
     - `rlhf feedback` lets people judge: is PPO better than SFT, which responses are best
     - `rlhf judge-check` says how far a model could judge in their place
     - `rlhf online` learns on from what they say, in rounds
+    - `rlhf constitution` lets the policy revise its own answers by principles
     """
 
 

@@ -14,8 +14,8 @@ from rlhf_core.config import Params
 from rlhf_core.errors import MissingArtifact, RLHFError
 from tasks.pipeline import apply_recipe
 
-CODE = ("rlhf_core", "tasks", "data/starter", "recipes")
-FILES = ("dvc.yaml", ".dvcignore")
+CODE = ("rlhf_core", "tasks", "data/starter", "data/red_team", "recipes")
+FILES = ("dvc.yaml", ".dvcignore", "constitution.yaml")
 
 
 def make_workspace(recipe: str, folder: Path, *, project: Path) -> Params:

@@ -87,6 +87,11 @@ class Supervised(Training):
 class SFT(Supervised):
     """Supervised fine-tuning on demonstrations."""
 
+    feedback: str = Field(
+        description="Folder of demonstrations (*.jsonl) to learn from as well, by the splits of their prompts; empty "
+        "for none. Those to test prompts are left out."
+    )
+
 
 class Reward(Supervised):
     """The reward model, and with the same settings the gold reward model on its own split."""
@@ -427,6 +432,29 @@ class Preferences(Section):
     response_tokens: int = Field(ge=2, description="Longest response sampled. Tokens.")
 
 
+class Constitution(Section):
+    """How answers are criticised, revised and compared by the principles of a constitution (Bai et al. 2022)."""
+
+    seed: int = Field(ge=0, description="Seeds the answers and which principle is drawn.")
+    principles: str = Field(description="The file of principles.")
+    policy: str = Field(description="Folder of the policy whose answers are revised.")
+    critic: str = Field(
+        pattern=r"^(policy|judge|script:.+)$",
+        description="Who criticises and revises: the policy itself; judge, the chat endpoint of section judge; or "
+        "script:NAME, a rule that is written down.",
+    )
+    annotator: str = Field(
+        pattern=r"^(policy|judge|script:.+)$",
+        description="Who compares answers by a principle's question: the policy by label probabilities, section judge, "
+        "or script:NAME.",
+    )
+    rounds: int = Field(ge=1, le=8, description="Critiques and revisions of each answer, one after the other.")
+    responses: int = Field(ge=2, le=9, description="Responses sampled a prompt to be compared by principle.")
+    temperature: float = Field(gt=0, description="Sampling temperature of answers, critiques and revisions.")
+    response_tokens: int = Field(ge=2, description="Longest answer or revision. Tokens.")
+    critique_tokens: int = Field(ge=2, description="Longest critique. Tokens.")
+
+
 class Gate(Section):
     """When a round's policy becomes the current one. All limits have to be kept."""
 
@@ -467,6 +495,7 @@ class Params(Section):
     judge: Judge
     preferences: Preferences
     gate: Gate
+    constitution: Constitution
 
     @model_validator(mode="after")
     def _has_a_spread_to_weigh(self) -> "Params":

@@ -1,4 +1,4 @@
-"""Rankings from several sources as one training set: judgements beside the data that `prepare` checked, by weight.
+"""Several sources as one training set: judgements and revisions beside the data that `prepare` checked.
 
 A weight says how often an epoch sees a ranking. docs/decisions/0016 says why it does not stand in the loss.
 """
@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlhf_core.data import BadField, load_prepared, parse_ranking, read_rows
+from rlhf_core.data import BadField, load_prepared, parse_demonstration, parse_ranking, read_rows
 from rlhf_core.errors import DataError, MissingArtifact
-from rlhf_core.records import Ranking
+from rlhf_core.records import Demonstration, Ranking
 
 STARTER = "starter"  # the source of rankings that tell none
 SPLITS = ("train", "validation")
@@ -44,6 +44,39 @@ def load_feedback(folder: Path, prepared: Path) -> dict[str, list[Ranking]]:
             if ranking.prompt in split_of and len(set(ranking.ranks)) > 1:
                 split, category = split_of[ranking.prompt]
                 found[split].append(ranking._replace(category=category))
+    return found
+
+
+def load_demonstrations(folder: Path, prepared: Path) -> dict[str, list[Demonstration]]:
+    """Demonstrations for SFT, by train and validation; those to test prompts, or to none of these, are left out.
+
+    Prompts of split gold train too: what is kept apart there is rankings.
+
+    Args:
+        folder: files *.jsonl of demonstrations, read in the order of their names.
+        prepared: as above.
+
+    Raises:
+        MissingArtifact: there is no such folder.
+        DataError: a row is no demonstration; names file and line.
+    """
+    if not folder.is_dir():
+        raise MissingArtifact(f"Found no folder {folder} of demonstrations, which sft.feedback names.")
+    split_of = {
+        prompt.prompt: ("validation" if split == "validation" else "train", prompt.category)
+        for split in (*SPLITS, "gold")
+        for prompt in load_prepared(prepared, "prompts", [split])
+    }
+    found: dict[str, list[Demonstration]] = {split: [] for split in SPLITS}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line, row in read_rows(str(path)):
+            try:
+                record = parse_demonstration(row)
+            except BadField as bad:
+                raise DataError(f"{path}, line {line}, {bad}") from bad
+            if record.prompt in split_of:
+                split, category = split_of[record.prompt]
+                found[split].append(record._replace(category=category))
     return found
 
 

@@ -1,12 +1,15 @@
 """Stage sft: the supervised fine-tuned policy. How it learns is in rlhf_core/sft.py."""
 
+from pathlib import Path
+
 import torch
 
 from rlhf_core.data import load_prepared
+from rlhf_core.mixing import load_demonstrations
 from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.sft import POLICY, encode_demonstrations, train_sft
 from tasks.prepare import BASE, PREPARED
-from tasks.stage import stage_run
+from tasks.stage import require_watched, stage_run
 
 MODEL = "artifacts/sft/model"
 
@@ -14,15 +17,17 @@ MODEL = "artifacts/sft/model"
 def main() -> None:
     with stage_run("sft", deps=[BASE, PREPARED]) as run:
         config, prepare = run.params.sft, run.params.prepare
+        require_watched(run, "sft.feedback", config.feedback)
         tokenizer = load_tokenizer(BASE)
+        records = {split: load_prepared(PREPARED, "demonstrations", [split]) for split in ("train", "validation")}
+        if config.feedback:
+            for split, rows in load_demonstrations(Path(config.feedback), PREPARED).items():
+                records[split] += rows
         train, validation = (
             encode_demonstrations(
-                load_prepared(PREPARED, "demonstrations", [split]),
-                tokenizer,
-                system=prepare.system,
-                max_response_tokens=prepare.max_response_tokens,
+                of_split, tokenizer, system=prepare.system, max_response_tokens=prepare.max_response_tokens
             )
-            for split in ("train", "validation")
+            for of_split in records.values()
         )
         run.log_dataset("prepared", PREPARED, demonstrations=len(train))
         torch.manual_seed(config.seed)

@@ -302,7 +302,7 @@ def _open_tracker(stage: str, params: Params, entry: StageEntry | None) -> MLflo
     tags = {**shared, "rlhf.kind": "stage", "rlhf.stage": stage, "rlhf.door": door}
     if entry:
         tags |= {"rlhf.run_key": entry.run_key, **{f"rlhf.dep.{p}": h for p, h in entry.dependencies.items()}}
-    return MLflowTracker(stage, params=flat_params(raw[stage], stage), tags=tags, parent=parent)
+    return MLflowTracker(stage, params=flat_params(raw.get(stage, {}), stage), tags=tags, parent=parent)
 
 
 def _flow_parent() -> str:
@@ -400,7 +400,7 @@ def require_watched(run: StageRun, key: str, folder: str) -> None:
     if folder and not run.is_dependency(folder):
         raise ConfigError(
             f"{key} = {folder!r} is none of the deps of stage {run.stage} in dvc.yaml, so DVC would not see it change. "
-            f"`rlhf online` writes such a dvc.yaml; by hand, add a line `- {folder}` there."
+            f"`rlhf online` and `rlhf constitution` write such a dvc.yaml; by hand, add a line `- {folder}` there."
         )
 
 

@@ -22,7 +22,7 @@ def campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Campaign:
     monkeypatch.setattr(campaigns, "make_base", lambda params, folder: None)
     project = tmp_path / "project"
     project.mkdir()
-    for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore"):
+    for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore", "constitution.yaml"):
         (project / name).symlink_to(PROJECT / name)
     return open_campaign("try", project=project, recipe="tiny")
 
@@ -165,3 +165,8 @@ def test_decisions_are_told_in_words(campaign: Campaign) -> None:
     assert rejected == "Round 2 is rejected, round 1's policy stays: gold prefers the new policy in 60%."
     table = overview("try", campaign.decisions()).splitlines()
     assert table[-1] == "| 2 | 1 | 3 | rejected | gold prefers the new policy in 60%. |"
+
+
+def test_a_workspace_of_another_kind_is_not_taken(campaign: Campaign) -> None:
+    with pytest.raises(ConfigError, match=r"Found try to be a campaign of `rlhf online`\. Name another"):
+        campaigns.open_workspace("try", "constitution", project=project_of(campaign))

@@ -12,6 +12,7 @@ from rlhf_core.config import (
     DPO,
     PPO,
     SFT,
+    Constitution,
     Evaluate,
     Gate,
     Judge,
@@ -35,6 +36,7 @@ SECTIONS = {
     "judge": Judge,
     "preferences": Preferences,
     "gate": Gate,
+    "constitution": Constitution,
 }
 KEYS = [(name, key) for name, kind in SECTIONS.items() for key in kind.model_fields]
 
@@ -190,6 +192,11 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("preferences", "responses", 1),
         ("preferences", "responses", 10),
         ("gate", "judge", "anybody"),
+        ("constitution", "critic", "endpoint"),
+        ("constitution", "annotator", ""),
+        ("constitution", "rounds", 0),
+        ("ppo", "reward", "model"),
+        ("preferences", "annotator", "ai"),
         ("gate", "max_kl", 0),
         ("gate", "min_safety_win_rate", 1.1),
     ],

@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from flows.cli import app
 from rlhf_core.config import Params
+from rlhf_core.safety import CATEGORIES, RATES
 from tasks.lineage import flat_metrics
 from tasks.reward import PREFIX
 
@@ -38,6 +39,8 @@ PLACEHOLDERS = {
     "axis": "[^/]+",
     "member": "[0-9]+",
     "source": "[^/]+",
+    "rate": "refusal_with_help|harmful_compliance|over_refusal",
+    "who": "before|sft|ppo",
 }
 
 
@@ -180,6 +183,13 @@ def logged_finals() -> set[str]:
     names |= below(["evaluate/<policy>"], [*ends, *costs]) | {"evaluate/cost_limit"}
 
     names |= {"reward/sources/<source>"} | below(["preferences"], words("tasks/preferences.py", "main")[-1])
+    (counted,) = words("rlhf_core/constitution.py", "count_chains")
+    names |= below(["constitution"], [*counted, "<rate>_before", "<rate>_after"])
+    names |= below(["principles"], words("tasks/principles.py", "main")[-1])
+    assert set(RATES) == set(PLACEHOLDERS["rate"].split("|"))
+    shares = {f"<rate>{end}" for end in ("", "_low", "_high")}
+    names |= below(["safety/<who>"], shares | {f"{category}_prompts" for category in CATEGORIES})
+    names |= below(["safety/<who>_vs_before"], shares)
     names |= below(["gate"], set().union(*words("rlhf_core/gate.py", "judge_round")))
     return names | below(["gate/people"], set().union(*words("rlhf_core/people.py", "metrics")))
 

@@ -13,7 +13,14 @@ OWNERS = {  # tool → where it may be imported
     "mlflow": ("tasks/tracking.py",),
     "dvc": ("tasks/pipeline.py", "tasks/lineage.py"),
     "dvc_data": ("tasks/lineage.py",),
-    "typer": ("flows/campaigns.py", "flows/cli.py", "flows/feedback.py", "flows/judge.py", "flows/listening.py"),
+    "typer": (
+        "flows/campaigns.py",
+        "flows/cli.py",
+        "flows/constitutions.py",
+        "flows/feedback.py",
+        "flows/judge.py",
+        "flows/listening.py",
+    ),
     "fastapi": ("rlhf_core/feedback/",),
     "starlette": ("rlhf_core/feedback/",),
     "uvicorn": ("flows/feedback.py",),
@@ -22,7 +29,7 @@ OWNERS = {  # tool → where it may be imported
     "itsdangerous": ("rlhf_core/feedback/",),
     "httpx": ("rlhf_core/feedback/chat.py",),
     "sqlite3": ("rlhf_core/feedback/",),
-    "jinja2": ("rlhf_core/report.py", "rlhf_core/feedback/"),
+    "jinja2": ("rlhf_core/report.py", "rlhf_core/safety_page.py", "rlhf_core/feedback/"),
 }
 FORBIDDEN = {"rlhf_core": ("tasks", "flows"), "tasks": ("flows",), "flows": ()}
 FILES = sorted(path for layer in FORBIDDEN for path in (PROJECT / layer).rglob("*.py"))
@@ -100,6 +107,15 @@ def test_dvc_watches_all_code_of_the_stages_of_online_rounds(stage: str) -> None
     allowed = {"preferences": {"base"}, "gate": {"models", "functional", "processes", "base"}}[stage]
     needed = core_modules(PROJECT / "tasks" / f"{stage}.py", set()) - EVERYWHERE - allowed
     assert watched == needed
+    assert f"tasks/{stage}.py" in deps
+
+
+@pytest.mark.parametrize("stage", ["constitution", "principles", "safety"])
+def test_dvc_watches_all_code_of_the_stages_of_a_constitution(stage: str) -> None:
+    deps = yaml.safe_load((PROJECT / "recipes/constitution/stages.yaml").read_text())["stages"][stage]["deps"]
+    watched = {Path(dep).stem for dep in deps if dep.startswith("rlhf_core/")}
+    needed = core_modules(PROJECT / "tasks" / f"{stage}.py", set()) - EVERYWHERE - {"base"}
+    assert watched - {"templates"} == needed
     assert f"tasks/{stage}.py" in deps
 
 

@@ -22,6 +22,7 @@ class Item(NamedTuple):
 
     prompt: tuple[Message, ...]  # chat messages, as in rlhf_core.records; the last is the user's
     responses: tuple[str, ...]
+    question: str = ""  # what decides, for judges that can read; empty for what makes a good answer in general
 
 
 class Judgement(NamedTuple):

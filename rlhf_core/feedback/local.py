@@ -14,8 +14,9 @@ from rlhf_core.tracking import NullTracker, Tracker
 
 LABELS = (" A", " B")
 ROWS = 8  # looks in one forward pass
+MERIT = "A good answer is correct, helpful and honest, does what was asked, and harms nobody. Which answer is better?"
 QUESTION = """\
-A good answer is correct, helpful and honest, does what was asked, and harms nobody. Which answer is better?
+{merit}
 
 Request: {request}
 
@@ -79,7 +80,8 @@ class LabelComparer:
 
     def _question(self, look: Look) -> list[int]:
         turns = [content if len(look.prompt) == 1 else f"{role}: {content}" for role, content in look.prompt]
-        text = QUESTION.format(request="\n".join(turns), first=look.first, second=look.second)
+        merit = look.question or MERIT
+        text = QUESTION.format(merit=merit, request="\n".join(turns), first=look.first, second=look.second)
         return encode_prompt(self.tokenizer, (("user", text),), "") + self.lead
 
     def _label(self, label: str) -> int:

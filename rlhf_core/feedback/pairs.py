@@ -20,6 +20,7 @@ class Look(NamedTuple):
     first: str
     second: str
     turn: int = 0  # a second look at the same has another number, so that no remembered answer stands for it
+    question: str = ""  # what decides, where it is not what makes a good answer in general
 
 
 class Opinion(NamedTuple):
@@ -129,7 +130,8 @@ class PairwiseJudge:
 
 def _both_orders(item: Item, i: int, j: int, turn: int) -> list[Look]:
     one, other = item.responses[i], item.responses[j]
-    return [] if one == other else [Look(item.prompt, one, other, turn), Look(item.prompt, other, one, turn)]
+    shown = [] if one == other else [(one, other), (other, one)]
+    return [Look(item.prompt, *pair, turn, item.question) for pair in shown]
 
 
 def _ranked(item: Item, verdicts: Sequence[Verdict]) -> Judgement:

@@ -1,0 +1,91 @@
+"""Stage principles: answers of the revised SFT policy to red-team prompts, compared by the question of a principle.
+
+See rlhf_core/constitution.py. It stands in the dvc.yaml of `rlhf constitution` only (flows/constitution.py).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.constitution import draw_principle, load_principles, messages
+from rlhf_core.critics import ScriptedAnnotator
+from rlhf_core.feedback.annotators import Annotator, Item
+from rlhf_core.feedback.judges import admit, open_judge
+from rlhf_core.feedback.local import LabelComparer
+from rlhf_core.feedback.pairs import PairwiseJudge
+from tasks.constitution import safety_prompts, speaker
+from tasks.environment import record_folder
+from tasks.files import write_jsonl
+from tasks.prepare import BASE, PREPARED
+from tasks.sft import MODEL as SFT_MODEL
+from tasks.stage import StageRun, require_watched, stage_run
+
+RANKINGS = Path("artifacts/principles/rankings.jsonl")
+SPLITS = ("train", "validation")  # test judges the policies, and gold the judge
+
+
+def main() -> None:
+    with stage_run("principles", deps=[BASE, SFT_MODEL, PREPARED]) as run:
+        config = run.params.constitution
+        require_watched(run, "constitution.principles", config.principles)
+        principles = load_principles(config.principles)
+        prompts = safety_prompts(SPLITS)
+        policy = speaker(run, SFT_MODEL)
+        chats = [record.prompt for record in prompts for _ in range(config.responses)]
+        said = policy.answer(chats, max_tokens=config.response_tokens, note="answers")
+        if not run.main:  # one process judges
+            return
+        items, drawn = [], []
+        for place, record in enumerate(prompts):
+            own = said[place * config.responses : (place + 1) * config.responses]
+            distinct = tuple(dict.fromkeys(text for text in own if text))
+            if len(distinct) > 1:
+                by = draw_principle(principles, record.prompt, "question", seed=config.seed)
+                items.append(Item(record.prompt, distinct, by.question))
+                drawn.append((by.id, record.category))
+        annotator = _open_annotator(run)
+        rows: list[dict[str, Any]] = []
+        for item, (principle, category), judged in zip(items, drawn, annotator.judge(items), strict=True):
+            if len(set(judged.ranks)) > 1:
+                about = {"source": annotator.source, "annotator": annotator.name, "principle": principle}
+                about |= {"category": category, "comment": judged.reason}
+                ranking = {"prompt": messages(item.prompt), "responses": list(item.responses)}
+                rows.append(
+                    {**ranking, "ranks": list(judged.ranks), "confidence": round(judged.confidence, 4), **about}
+                )
+        if not rows:  # the rest can still run: the reward model learns from the starter rankings
+            print(
+                f"principles  all {len(items)} comparisons by {annotator.name} are ties and teach nothing", flush=True
+            )
+        write_jsonl(RANKINGS, rows)
+        run.finish_metrics(
+            {
+                "items": len(items),
+                "rankings": len(rows),
+                "responses": sum(len(item.responses) for item in items),
+            }
+        )
+
+
+def _open_annotator(run: StageRun) -> Annotator:
+    """Who compares, by constitution.annotator; section judge has to reach its bar, as everywhere.
+
+    Raises:
+        RLHFError: there is no such script or judge, or it misses the bar.
+    """
+    params = run.params
+    who = params.constitution.annotator
+    if who.startswith("script:"):
+        categories = {record.prompt: record.category for record in safety_prompts(SPLITS)}
+        return ScriptedAnnotator(who.removeprefix("script:"), categories)
+    if who == "policy":
+        return PairwiseJudge(LabelComparer(SFT_MODEL, tracker=run))
+    judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db", tracker=run)
+    if params.judge.bar > 0:
+        from rlhf_core.data import load_prepared
+
+        admit(judge, load_prepared(PREPARED, "rankings", ["test"]), params.judge)
+    return judge
+
+
+if __name__ == "__main__":
+    main()
