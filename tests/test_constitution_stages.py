@@ -1,0 +1,197 @@
+"""The stages of a constitution one after the other on a tiny model: what each reads, writes and measures."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flows.campaign import open_workspace
+from flows.constitution import RANKINGS, REVISIONS, START, keep_start, lay_out
+from rlhf_core.config import Params, check_params, load_params
+from rlhf_core.data import read_rows
+from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.mixing import load_demonstrations, load_feedback
+from rlhf_core.models import Roles
+from rlhf_core.tracking import MemoryTracker
+from tasks import constitution, principles, safety
+from tasks.constitution import CHAINS, DEMONSTRATIONS
+
+PROJECT = Path(__file__).resolve().parents[1]
+SHORT = {"rounds": 1, "responses": 3, "temperature": 1.0, "response_tokens": 6, "critique_tokens": 6}
+WORDS = {"harmful": "How do I spy on", "look_alike": "How do I beat"}
+
+
+class Run(MemoryTracker):
+    """What a stage is given, without DVC and MLflow."""
+
+    main = True
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.params = params
+        self.final: dict[str, Any] = {}
+
+    def is_dependency(self, path: Any) -> bool:
+        return True
+
+    def log_dataset(self, *_: Any, **__: Any) -> None: ...
+
+    def finish_metrics(self, metrics: dict[str, Any]) -> None:
+        self.final = metrics
+
+
+@pytest.fixture
+def workspace(llama: Path, tmp_path: Path, section: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base model, an SFT and a PPO policy, and prompts of each category in each split."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, "artifacts/base")
+    for folder, seed in (("artifacts/start/sft", 1), ("artifacts/sft/model", 2)):
+        roles = Roles(Path("artifacts/base"), section("sft"))
+        torch.manual_seed(seed)
+        roles.add("policy", method="lora")
+        roles.save("policy", folder)
+    tuned = Roles("artifacts/sft/model", section("ppo"))
+    tuned.add("ppo", method="lora")
+    tuned.save("ppo", "artifacts/ppo/policy")
+    shutil.copytree(PROJECT / "data/red_team", "data/red_team")
+    shutil.copy(PROJECT / "constitution.yaml", ".")
+    Path("data/prepared").mkdir()
+    for split in ("train", "validation", "gold", "test"):
+        rows = [
+            {"prompt": f"{words} number {n} of {split}?", "category": category}
+            for category, words in WORDS.items()
+            for n in range(3)
+        ]
+        rows.append({"prompt": f"Name a fruit of {split}.", "category": "explain"})
+        Path(f"data/prepared/prompts_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a stage's main with some values of section constitution; gives its run back."""
+
+    def start(module: Any, **changes: Any) -> Run:
+        raw = yaml.safe_load((PROJECT / "params.yaml").read_text())
+        raw["constitution"] |= SHORT | changes
+        raw["evaluate"] |= {"response_tokens": 6, "bootstrap_samples": 100}
+        run = Run(check_params(raw))
+
+        @contextmanager
+        def stage_run(name: str, deps: Sequence[Any] = ()) -> Iterator[Run]:
+            assert all(Path(dep).exists() for dep in deps), deps
+            yield run
+
+        monkeypatch.setattr(module, "stage_run", stage_run)
+        module.main()
+        return run
+
+    return start
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(str(path))]
+
+
+def test_revisions_rankings_and_rates(workspace: Path, stage: Any) -> None:
+    scripts = {"critic": "script:careful", "annotator": "script:careful"}
+    found = stage(constitution, **scripts).final
+    chains = rows(CHAINS)
+    assert found["chains"] == len(chains) == 18  # of train, validation and gold, the fruit left out
+    assert found["kept"] == sum(chain["kept"] for chain in chains)
+    assert (found["harmful_compliance_before"], found["harmful_compliance_after"]) == (1.0, 0.0)
+    assert found["over_refusal_after"] == 0.0
+    demonstrations = rows(DEMONSTRATIONS)
+    assert {row["annotator"] for row in demonstrations} == {"script:careful"}
+    by_split = load_demonstrations(Path(REVISIONS), Path("data/prepared"))
+    assert sum(map(len, by_split.values())) == len(demonstrations)
+    assert not [row for row in demonstrations if "of test" in row["prompt"][0]["content"]]
+
+    run = stage(principles, **scripts)
+    assert run.final["items"] == 12  # of train and validation
+    assert run.final["rankings"] == len(rows(principles.RANKINGS)) == 0  # a random model declines nothing
+    load_feedback(Path(RANKINGS), Path("data/prepared"))
+
+    run = stage(safety, **scripts)
+    assert set(run.final) == {"before", "sft", "ppo", "sft_vs_before", "ppo_vs_before"}
+    assert run.final["before"]["harmful_prompts"] == 3
+    assert run.final["ppo"]["harmful_compliance"] == 1.0
+    answers = rows(safety.FOLDER / "answers.jsonl")
+    assert len(answers) == 3 * 2 * 6  # policies, samples, prompts of test
+    assert {row["policy"] for row in answers} == {"before", "sft", "ppo"}
+    page = (safety.FOLDER / "report.html").read_text()
+    assert "script" not in page.partition("<body>")[0]
+    assert "Critique by " in page
+
+
+def test_the_policy_criticises_itself_to_the_same_bytes(workspace: Path, stage: Any) -> None:
+    stage(constitution)
+    first = CHAINS.read_bytes()
+    stage(constitution)
+    assert CHAINS.read_bytes() == first
+    assert rows(DEMONSTRATIONS)[0]["annotator"] == "artifacts/start/sft"
+
+
+def test_a_rule_as_the_judge_takes_the_same_path_as_an_ai(
+    workspace: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = yaml.safe_load((PROJECT / "params.yaml").read_text())
+    judge = check_params({**raw, "judge": raw["judge"] | {"kind": "rule", "model": "longest", "bar": 0}}).judge
+    build = check_params
+    monkeypatch.setitem(globals(), "check_params", lambda raw: build(raw).model_copy(update={"judge": judge}))
+    run = stage(principles, annotator="judge")
+    [*found] = rows(principles.RANKINGS)
+    assert run.final["rankings"] == len(found) > 6
+    ids = {row["id"] for row in yaml.safe_load((PROJECT / "constitution.yaml").read_text())["principles"]}
+    assert {row["principle"] for row in found} <= ids
+    for row in found:
+        assert (row["source"], row["annotator"], row["confidence"]) == ("rule", "longest", 1.0)
+        best = row["ranks"].index(1)
+        assert len(row["responses"][best]) == max(map(len, row["responses"]))
+    by_split = load_feedback(Path(RANKINGS), Path("data/prepared"))
+    assert sum(map(len, by_split.values())) == len(found)
+
+
+def test_a_judge_that_cannot_write_is_no_critic(workspace: Path, stage: Any) -> None:
+    with pytest.raises(ConfigError, match=r"constitution\.critic judge needs judge\.kind endpoint, found local"):
+        stage(constitution, critic="judge")
+
+
+def test_prompts_of_both_categories_are_needed(workspace: Path, stage: Any) -> None:
+    for path in Path("data/prepared").glob("prompts_*.jsonl"):
+        path.write_text('{"prompt": "Name a fruit.", "category": "explain"}\n')
+    with pytest.raises(DataError, match=r"Found \{'harmful': 0, 'look_alike': 0\} prompts in splits train, validation"):
+        stage(constitution)
+
+
+def test_the_second_part_reads_what_the_first_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.campaign.make_base", lambda params, folder: None)
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore", "constitution.yaml"):
+        (project / name).symlink_to(PROJECT / name)
+    folder = open_workspace("try", "constitution", project=project, recipe="tiny")
+    assert (folder / "dvc.yaml").read_text() == (PROJECT / "dvc.yaml").read_text()
+    (folder / "artifacts/sft/model").mkdir(parents=True)
+    (folder / "artifacts/sft/model/weights").write_text("of the first part")
+    keep_start(folder)
+    lay_out(folder)
+    (folder / "artifacts/sft/model/weights").write_text("of the second part")
+    assert (folder / START / "weights").read_text() == "of the first part"
+    params = load_params(folder / "params.yaml")
+    stages = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
+    assert params.prepare.prompts[1:] == ("data/red_team/harmful.jsonl", "data/red_team/look_alike.jsonl")
+    assert all((folder / path).is_file() for path in params.prepare.prompts)
+    assert "data/red_team" in stages["prepare"]["deps"]
+    watched = {"sft": params.sft.feedback, "reward": params.reward.feedback, "constitution": START}
+    for stage, path in watched.items():
+        assert any(Path(path).is_relative_to(dep) for dep in stages[stage]["deps"]), stage
+    assert params.constitution.principles in stages["constitution"]["deps"]
+    lay_out(open_workspace("try", "constitution", project=project))  # again, as a run that goes on does
+    assert load_params(folder / "params.yaml") == params
