@@ -452,7 +452,7 @@ class Constitution(Section):
     responses: int = Field(ge=2, le=9, description="Responses sampled a prompt to be compared by principle.")
     temperature: float = Field(gt=0, description="Sampling temperature of answers, critiques and revisions.")
     response_tokens: int = Field(ge=2, description="Longest answer or revision. Tokens.")
-    critique_tokens: int = Field(ge=2, description="Longest critique. Tokens.")
+    critique_tokens: int = Field(ge=2, description="Longest critique that a critic writes. Tokens.")
 
 
 class Gate(Section):
