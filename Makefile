@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume test-thorough test-online test-browser lint format ui prefect-ui repro known-answers golden mutants parity parity-training lock clean preflight
+.PHONY: help run tiny test test-resume test-thorough test-online test-browser lint format ui prefect-ui repro known-answers golden mutants parity parity-training bench lock clean preflight
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -73,6 +73,11 @@ parity-training: $(VENV)/.installed ## SFT and reward model beside TRL's, in hou
 	@test -n "$(PAIRS)" || { echo "Found no PAIRS, expected a file: make parity-training PAIRS=pairs.jsonl.gz" >&2; exit 1; }
 	@$(WITH_TRL)
 	@$(BIN)/python scripts/parity_training.py $(PAIRS) $(OPTIONS)
+
+bench: $(VENV)/.installed ## time and memory beside TRL's, about an hour: OPTIONS="--only ppo_update"
+	@$(WITH_TRL)
+	@test -d artifacts/base || $(BIN)/rlhf run --until prepare
+	@$(BIN)/python -m benchmarks.run $(OPTIONS)
 
 lock: preflight ## pin the newest packages that fit, tried in a fresh environment
 	$(PYTHON) scripts/lock.py

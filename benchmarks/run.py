@@ -1,0 +1,258 @@
+"""Measures ours and TRL's on the same work, in turn, and writes benchmarks/results.json and docs/performance.md.
+
+    make bench                      all of it, about an hour on two cores
+    make bench OPTIONS="--only ppo generation"
+
+Every measurement is a process of its own. Rounds alternate, so that a machine that is busier for some minutes is so for
+both. Each part that is done is written down at once, and --only leaves the other parts of results.json as they were.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from transformers import AutoConfig
+
+from benchmarks import flops
+from benchmarks.page import write_page
+from rlhf_core.config import load_params
+
+RESULTS = Path("benchmarks/results.json")
+BASE = "artifacts/base"
+UPDATE = {"rollouts": 16, "prompt": 32, "response": 48, "epochs": 2}
+WIDER = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 12,
+         "num_key_value_heads": 4}  # fmt: skip
+GROWTH_ROWS, GROWTH_RESPONSES = (4, 8, 16, 32, 64), (32, 64, 128, 256, 512)
+Samples = dict[str, list[dict[str, Any]]]
+
+
+class Bench:
+    """What all parts share: the model, the number of rounds, the machine's peaks."""
+
+    def __init__(self, model: str, rounds: int, quick: bool) -> None:
+        self.model, self.rounds, self.quick = model, 1 if quick else rounds, quick
+        self.updates = 1 if quick else 2
+        self.shape = flops.Shape.of(AutoConfig.from_pretrained(model), rank=16)
+        self.params = load_params()
+
+    def child(self, job: str, **spec: Any) -> dict[str, Any]:
+        """One measurement."""
+        print(f"{job} {json.dumps(spec)}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.measure", job, json.dumps(spec)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{job} failed:\n{done.stderr.strip()[-2000:]}")
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        if found.get("seconds"):
+            print(f"    {median(found['seconds']):.2f} s, {found['peak_bytes'] / 1e9:.1f} GB at most", flush=True)
+        return found
+
+    def in_turn(self, jobs: dict[str, tuple[str, dict[str, Any]]]) -> Samples:
+        """Each job once a round."""
+        found: Samples = {name: [] for name in jobs}
+        for _ in range(self.rounds):
+            for name, (job, spec) in jobs.items():
+                found[name].append(self.child(job, model=self.model, **spec))
+        return found
+
+
+def seconds_of(runs: list[dict[str, Any]]) -> list[float]:
+    """All timed pieces of work of all rounds."""
+    return [round(value, 3) for run in runs for value in run["seconds"]]
+
+
+def rates_of(runs: list[dict[str, Any]]) -> list[float]:
+    """Tokens a second of each round."""
+    return [round(sum(run["tokens"]) / sum(run["seconds"]), 1) for run in runs]
+
+
+def peak_of(runs: list[dict[str, Any]]) -> float:
+    return median(run["peak_bytes"] for run in runs)
+
+
+# ---- the parts
+
+
+def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
+    """One update, 16 rollouts of 32 + 48 tokens, two epochs."""
+    spec = {**UPDATE, "updates": bench.updates}
+    layers = min(bench.params.ppo.lora_layers, bench.shape.layers)
+    runs = bench.in_turn(
+        {
+            "default": ("ppo_ours", {**spec, "layers": layers}),
+            "trl": ("ppo_trl", {**spec, "lora": False}),
+            "separate": ("ppo_ours", {**spec, "layers": 0}),
+            "trl_lora": ("ppo_trl", {**spec, "lora": True}),
+        }
+    )
+    rows = flops.Rows(UPDATE["rollouts"], UPDATE["prompt"], UPDATE["response"])
+    needed = {
+        "default": flops.ppo_ours(bench.shape, rows, prompts=rows.count, layers=layers, epochs=2),
+        "separate": flops.ppo_ours(bench.shape, rows, prompts=rows.count, layers=bench.shape.layers, epochs=2),
+        "trl": flops.ppo_trl(bench.shape, rows, epochs=2, lora=False),
+        "trl_lora": flops.ppo_trl(bench.shape, rows, epochs=2, lora=True),
+    }
+    sides = _sides(runs, needed, peak_gflops)
+    time = {name: side["median_seconds"] for name, side in sides.items()}
+    return {
+        "work": spec,
+        "sides": sides,
+        "ratio_default": round(time["trl"] / time["default"], 2),
+        "ratio_default_lora": round(time["trl_lora"] / time["default"], 2),
+        "ratio_separate": round(time["trl"] / time["separate"], 2),
+        "flops_ratio_default": round(needed["trl"] / needed["default"], 2),
+        "flops_ratio_separate": round(needed["trl"] / needed["separate"], 2),
+        "memory_ratio": round(sides["default"]["peak_gb"] / sides["trl"]["peak_gb"], 3),
+    }
+
+
+def _sides(runs: Samples, needed: dict[str, int], peak_gflops: float) -> dict[str, Any]:
+    found = {}
+    for name, of_one in runs.items():
+        seconds = seconds_of(of_one)
+        middle = median(seconds)
+        found[name] = {
+            "median_seconds": round(middle, 2),
+            "seconds": seconds,
+            "gflop": round(needed[name] / 1e9, 1),
+            "peak_share": round(needed[name] / middle / 1e9 / peak_gflops, 3),
+            "tokens_per_second": round(of_one[0]["tokens"][0] / middle, 1),
+            "peak_gb": round(peak_of(of_one) / 1e9, 2),
+            "trained": of_one[0]["trained"],
+        }
+    return found
+
+
+def training(bench: Bench, peak_gflops: float, stage: str) -> dict[str, Any]:
+    """SFT or reward model: our recipe, ours in full, TRL's in full; tokens without padding."""
+    section = getattr(bench.params, stage)
+    rows = (3 if bench.quick else 12) * section.batch_size
+    runs = bench.in_turn(
+        {
+            "default": (f"{stage}_ours", {"rows": rows, "layers": section.lora_layers}),
+            "trl": (f"{stage}_trl", {"rows": rows}),
+            "full": (f"{stage}_ours", {"rows": rows // 2, "layers": None}),
+        }
+    )
+    rates = {name: median(rates_of(of_one)) for name, of_one in runs.items()}
+    mean_length = _mean_length(runs["full"], section.batch_size, 2 if stage == "reward" else 1)
+    one = flops.Rows(1, 0, round(mean_length))
+    answered = one.tokens * runs["full"][0].get("answered_share", 0.0)  # a reward model has no use for logits
+    per_row = flops.learn(bench.shape, bench.shape.layers, one.tokens, one.seen, full=True)
+    per_row += 3 * flops.head(bench.shape, round(answered))
+    return {
+        "work": {"rows": rows, "batch_size": section.batch_size, "epochs": section.epochs},
+        "tokens_per_second": {name: rates_of(of_one) for name, of_one in runs.items()},
+        "peak_gb": {name: round(peak_of(of_one) / 1e9, 2) for name, of_one in runs.items()},
+        "ratio_default": round(rates["default"] / rates["trl"], 2),
+        "ratio_equal": round(rates["full"] / rates["trl"], 2),
+        "peak_share": round(per_row / one.tokens * rates["full"] / 1e9 / peak_gflops, 3),
+    }
+
+
+def _mean_length(runs: list[dict[str, Any]], batch_size: int, texts: int) -> float:
+    tokens = [count for run in runs for count in run["tokens"]]
+    return sum(tokens) / len(tokens) / batch_size / texts
+
+
+def generation(bench: Bench) -> dict[str, Any]:
+    """16 rows, 64 new tokens: ours, `generate`, and the matrix products of a step alone."""
+    rows, prompt, response = 16, 32, 64
+    spec = {"model": bench.model, "rows": rows, "prompt": prompt, "repeats": 1 if bench.quick else 5}
+    runs = bench.child("generation", response=response, **spec)
+    first = median(bench.child("first_token", **spec)["seconds"])
+    products = bench.child("products", shapes=bench.shape.joined, rows=rows)
+    products = {name: value for name, value in products.items() if name != "peak_bytes"}
+    best = min(products, key=lambda name: products[name])
+    ours, theirs = median(runs["ours"]), median(runs["generate"])
+    step = (ours - first) / (response - 1)
+    return {
+        "work": {"rows": rows, "prompt": prompt, "response": response},
+        "seconds": {name: [round(value, 3) for value in runs[name]] for name in ("ours", "generate")},
+        "step_ms": {"ours": round(1e3 * step, 1), "generate": round(1e3 * theirs / response, 1)},
+        "products_ms": {name: round(1e3 * value, 1) for name, value in products.items()},
+        "fastest_products": best,
+        "bytes_a_step": sum(4 * out * inside for out, inside in bench.shape.joined),
+        "flop_a_step": rows * sum(2 * out * inside for out, inside in bench.shape.joined),
+        "ratio": round(theirs / ours, 2),
+        "bound_ratio": round(step / products[best], 2),
+    }
+
+
+def growth(bench: Bench) -> dict[str, Any]:
+    """Seconds and memory of an update of the default recipe over the batch, over the response, and of a wider model."""
+    found: dict[str, Any] = {}
+    for name, model in (("135M", bench.model), ("wider", _wider(bench.model))):
+        every = 1 if name == "135M" else 2
+        found[name] = {
+            "rollouts": [_point(bench, model, rollouts=rows) for rows in GROWTH_ROWS[::every]],
+            "response": [_point(bench, model, rollouts=4, response=tokens) for tokens in GROWTH_RESPONSES[::every]],
+        }
+    return found
+
+
+def _point(bench: Bench, model: str, **changes: int) -> dict[str, Any]:
+    spec = {**UPDATE, **changes, "updates": 1, "layers": bench.params.ppo.lora_layers, "model": model}
+    run = bench.child("ppo_ours", **spec)
+    peak, loaded = run["peak_bytes"] / 1e9, run["loaded_bytes"] / 1e9
+    return {
+        "rollouts": spec["rollouts"], "response": spec["response"], "seconds": round(run["seconds"][0], 2),
+        "peak_gb": round(peak, 3), "working_gb": round(peak - loaded, 3),
+    }  # fmt: skip
+
+
+def _wider(model: str) -> str:
+    """A random model, wider and deeper than the default one, with its tokenizer."""
+    folder = Path(".rlhf/bench/wider")
+    if not (folder / "config.json").is_file():
+        from transformers import LlamaForCausalLM
+
+        from rlhf_core.models import load_tokenizer
+
+        config = AutoConfig.from_pretrained(model)
+        for name, value in WIDER.items():
+            setattr(config, name, value)
+        config.head_dim = WIDER["hidden_size"] // WIDER["num_attention_heads"]
+        LlamaForCausalLM(config).save_pretrained(folder)
+        load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
+
+
+def main() -> None:
+    parts: dict[str, Callable[[Bench, float], dict[str, Any]]] = {
+        "ppo_update": ppo_update,
+        "reward": lambda bench, peak: training(bench, peak, "reward"),
+        "sft": lambda bench, peak: training(bench, peak, "sft"),
+        "generation": lambda bench, _: generation(bench),
+        "growth": lambda bench, _: growth(bench),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="some parts")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side is measured")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see whether it runs")
+    parser.add_argument("--model", default=BASE, help="a Llama's folder; the base model if not given")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not (Path(options.model) / "config.json").is_file() or not Path("data/prepared").is_dir():
+        raise SystemExit(f"{options.model} or data/prepared is not there. Run `rlhf run --until prepare` first.")
+    bench = Bench(options.model, options.rounds, options.quick)
+    results = json.loads(options.results.read_text(encoding="utf-8")) if options.results.is_file() else {}
+    machine = bench.child("machine")
+    results |= {name: round(machine[name], 1) for name in ("peak_gflops", "bandwidth_gb_s")}
+    results["threads"] = machine["threads"]
+    for name in options.only:
+        results[name] = parts[name](bench, machine["peak_gflops"])
+        part = options.results.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        part.replace(options.results)
+    if options.results == RESULTS:
+        write_page(results)
+
+
+if __name__ == "__main__":
+    main()

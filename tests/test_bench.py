@@ -1,0 +1,143 @@
+"""benchmarks/: the operations are counted as torch counts them, and the page says what the results say."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks import flops, measure
+from benchmarks.measure import Endless, Stopwatch, between
+from benchmarks.page import exponent, page
+from benchmarks.run import peak_of, rates_of, seconds_of
+from rlhf_core.models import Roles, pack
+from rlhf_core.tiny import make_llama
+
+PROJECT = Path(__file__).resolve().parents[1]
+RESULTS = PROJECT / "benchmarks/results.json"
+LENGTH, COUNT = 12, 3
+
+
+@pytest.fixture
+def llama(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return make_llama(tokenizer, num_hidden_layers=3, attn_implementation="eager").eval()
+
+
+@pytest.fixture
+def shape(llama: Any) -> flops.Shape:
+    return flops.Shape.of(llama.config, rank=4)
+
+
+def counted(work: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def test_a_forward_pass_is_counted_as_torch_counts_it(llama: Any, shape: flops.Shape) -> None:
+    ids = torch.randint(0, 50, (COUNT, LENGTH))
+    # Eager attention computes the positions that the mask hides too.
+    layers = flops.forward(shape, 3, COUNT * LENGTH, COUNT * LENGTH**2)
+    with torch.no_grad():
+        assert counted(lambda: llama(ids)) == layers + flops.head(shape, COUNT * LENGTH)
+
+
+def test_learning_in_full_is_counted_as_torch_counts_it(llama: Any, shape: flops.Shape) -> None:
+    ids = torch.randint(0, 50, (COUNT, LENGTH))
+    layers = flops.learn(shape, 3, COUNT * LENGTH, COUNT * LENGTH**2, full=True)
+    found = counted(lambda: llama(ids).logits.sum().backward())
+    assert found == layers + 3 * flops.head(shape, COUNT * LENGTH)
+
+
+def test_learning_by_adapters_is_counted_as_torch_counts_it(
+    tmp_path: Path, llama: Any, shape: flops.Shape, tokenizer: PreTrainedTokenizerFast, section: Any
+) -> None:
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    roles = Roles(tmp_path, section("sft", lora_rank=4, lora_layers=2))
+    roles.model.set_attn_implementation("eager")
+    roles.add("policy")
+    roles.trainable("policy")
+    packed = pack([[5] * LENGTH] * COUNT, None, 0)
+    trunk = roles.trunk(packed)
+    found = counted(lambda: roles.hidden(trunk, "policy").sum().backward())
+    whole = flops.learn(shape, 2, COUNT * LENGTH, COUNT * LENGTH**2, full=False)
+    # Nothing below the lowest adapter asks for a gradient, so queries, keys and values of that layer pass none on.
+    spared = sum(2 * out * inside + 2 * 4 * inside for out, inside in shape.matrices[:3]) * COUNT * LENGTH
+    assert found == whole - spared
+
+
+def test_rows_see_what_comes_before_them() -> None:
+    rows = flops.Rows(2, 1, 2)
+    assert (rows.tokens, rows.answered, rows.seen) == (6, 4, 2 * (1 + 2 + 3))
+
+
+def test_a_prompt_that_comes_twice_is_sampled_from_once(shape: flops.Shape) -> None:
+    rows = flops.Rows(2, 10, 5)
+    apart, shared = (flops.sampling(shape, rows, prompts=prompts) for prompts in (2, 1))
+    assert apart - shared == flops.forward(shape, 3, 10, 55)
+
+
+def test_fewer_layers_with_adapters_are_fewer_operations() -> None:
+    shape, rows = flops.Shape(30, 576, 1536, 9, 3, 64, 49152, 16), flops.Rows(16, 32, 48)
+    top, every = (flops.ppo_ours(shape, rows, prompts=16, layers=layers, epochs=2) for layers in (12, 30))
+    lora, full = (flops.ppo_trl(shape, rows, epochs=2, lora=lora) for lora in (True, False))
+    assert top < every < lora < full
+
+
+def test_joined_matrices_are_the_same_matrices(shape: flops.Shape) -> None:
+    apart = sum(out * inside for out, inside in shape.matrices) * shape.layers + shape.vocabulary * shape.width
+    assert sum(out * inside for out, inside in shape.joined) == apart
+
+
+def test_the_first_step_is_not_timed() -> None:
+    watch = Stopwatch()
+    for tokens in (5, 6, 7):
+        watch.progress(1, 3, unit="steps", tokens=tokens)
+    watch.moments = [1.0, 3.0, 4.0]
+    assert watch.result() == {"seconds": [2.0, 1.0], "tokens": [6, 7]}
+    assert between([1.0]) == []
+
+
+def test_rounds_are_put_together() -> None:
+    runs = [
+        {"seconds": [2.0, 1.0], "tokens": [30, 30], "peak_bytes": 3},
+        {"seconds": [4.0], "tokens": [40], "peak_bytes": 5},
+    ]
+    assert (seconds_of(runs), rates_of(runs), peak_of(runs)) == ([2.0, 1.0, 4.0], [20.0, 10.0], 4)
+
+
+def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
+    points = [{"rows": n, "seconds": 3 * n**2} for n in (1, 2, 4)]
+    assert exponent(points, "rows", "seconds") == pytest.approx(2, rel=1e-9)
+
+
+def test_our_update_is_timed_with_every_response_at_full_length(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_llama(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        measure, "prompts_of", lambda model, count, length: [[5 + row] * length for row in range(count)]
+    )
+    monkeypatch.chdir(PROJECT)
+    found = measure.ppo_ours(model=str(tmp_path), layers=1, rollouts=4, prompt=3, response=5, epochs=1, updates=1)
+    assert found["tokens"] == [4 * (3 + 5)]
+    assert len(found["seconds"]) == 1
+    assert found["loaded_bytes"] > 0
+    assert found["trained"] > 0
+
+
+def test_an_endless_tokenizer_has_no_end_of_turn() -> None:
+    endless = Endless(SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: str(ids)))
+    assert (endless.eos_token_id, endless.pad_token_id, endless.decode([1])) == (-1, 0, "[1]")
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="no results yet")
+def test_the_page_says_what_the_results_say() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert (PROJECT / "docs/performance.md").read_text() == page(results), "run python -m benchmarks.page"
