@@ -22,7 +22,7 @@ tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in unde
 
 test: $(VENV)/.installed ## lint, types, tests
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest --durations=15
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=15
 
 test-resume: $(VENV)/.installed ## kill the tiny recipe ten times; it has to end with the same bytes
 	@$(BIN)/python -m pytest -m resume

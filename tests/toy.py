@@ -78,7 +78,7 @@ def store(folder: Path) -> str:
 
 def child_environment(folder: Path) -> dict[str, str]:
     """For a `dvc repro` of real stages in a workspace: this Python, its own store, no project around it."""
-    env = {**os.environ, "MLFLOW_TRACKING_URI": store(folder), "RLHF_MIN_FREE_GB": "0.5"}
+    env = {**os.environ, "MLFLOW_TRACKING_URI": store(folder), "RLHF_MIN_FREE_GB": "0.5", "OMP_NUM_THREADS": "1"}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     env.pop("DVC_ROOT", None)
     return env
