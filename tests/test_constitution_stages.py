@@ -51,6 +51,9 @@ def workspace(llama: Path, tmp_path: Path, section: Any, monkeypatch: pytest.Mon
     """A base model, an SFT and a PPO policy, and prompts of each category in each split."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llama, "artifacts/base")
+    config = json.loads(Path("artifacts/base/config.json").read_text())
+    # Room for a whole chain, of which this tokenizer makes a token a letter or two.
+    Path("artifacts/base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     for folder, seed in (("artifacts/start/sft", 1), ("artifacts/sft/model", 2)):
         roles = Roles(Path("artifacts/base"), section("sft"))
         torch.manual_seed(seed)
