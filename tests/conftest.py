@@ -9,15 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from small import write_llama, write_model
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_core.config import DPO, PPO, SFT, Evaluate, Judge, Prepare, Reward
-from rlhf_core.tiny import make_llama, make_tokenizer
+from rlhf_core.tiny import make_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[1]
 TEXTS = [
@@ -225,32 +221,4 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(0)
-    return _write(GPT2LMHeadModel(config), tokenizer, folder)
-
-
-def write_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, *, ends: float = 0.12, **changes: Any) -> Path:
-    sizes = {"num_hidden_layers": 3, "max_position_embeddings": 256, "initializer_range": 0.2}
-    return _write(make_llama(tokenizer, tie_word_embeddings=False, **sizes, **changes), tokenizer, folder, ends)
-
-
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, ends: float = 0.12) -> Path:
-    _end_turns(model, tokenizer.eos_token_id, share=ends)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@torch.no_grad()
-def _end_turns(model: PreTrainedModel, eos: int, *, share: float) -> None:
-    """Let the end of turn be `share` of all next tokens, where a random head would give it 1 in 300."""
-    model.eval()
-    ids = torch.randint(3, 300, (32, 8), generator=torch.Generator().manual_seed(1))
-    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1].flatten(0, 1)
-    head = model.get_output_embeddings().weight
-    head.mul_(2.0)  # and let there be likely and unlikely tokens
-    direction = hidden.mean(0) / hidden.mean(0).norm()
-    low, high = 0.0, 10.0
-    for _ in range(20):
-        head[eos] = direction * (low + high) / 2
-        found = (hidden @ head.T).softmax(1)[:, eos].mean().item()
-        low, high = (low, (low + high) / 2) if found > share else ((low + high) / 2, high)
+    return write_model(GPT2LMHeadModel(config), tokenizer, folder)

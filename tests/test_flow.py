@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any, get_args
@@ -152,8 +153,14 @@ FINAL = {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}
 def api(port: int, path: str, **body: Any) -> Any:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/api/{path}", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=20) as reply:
-        return json.load(reply)
+    for patience in (1, 2, 4, 8, 0):
+        try:
+            with urllib.request.urlopen(request, timeout=20) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:  # its database was busy
+            if error.code != 503 or not patience:
+                raise
+            time.sleep(patience)
 
 
 def poll(ask: Any, seconds: float = 60) -> Any:

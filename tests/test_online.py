@@ -25,8 +25,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import write_llama
 from mlflow import MlflowClient
+from small import write_llama
 from toy import PROJECT, store
 
 from flows.campaign import FEEDBACK, START, Campaign, begin_round
@@ -36,7 +36,7 @@ from rlhf_core.tiny import make_tokenizer
 pytestmark = [pytest.mark.online, pytest.mark.timeout(3000)]
 
 CODE = ("flows", "tasks", "rlhf_core", "recipes", "data/starter")
-FILES = ("dvc.yaml", "params.yaml", ".dvcignore", "pyproject.toml")
+FILES = ("dvc.yaml", "params.yaml", "constitution.yaml", ".dvcignore", "pyproject.toml")
 # So that three rounds can be told to be better on 106 prompts: answers of about eight tokens that may become shorter, a
 # reward model that mostly sees what was judged, and a PPO that goes far in few updates.
 SET = {

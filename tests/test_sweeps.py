@@ -33,7 +33,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sweeps, "checkout", lambda *, root: None)
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore"):
+    for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", "constitution.yaml", ".dvcignore"):
         (folder / name).symlink_to(PROJECT / name)
     return folder
 
@@ -159,7 +159,17 @@ def test_a_points_words_fit_its_settings() -> None:
 def test_the_tiny_recipe_is_swept_recorded_and_cached(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     project = tmp_path / "project"
     project.mkdir()
-    for name in ("rlhf_core", "tasks", "flows", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore"):
+    for name in (
+        "rlhf_core",
+        "tasks",
+        "flows",
+        "data",
+        "recipes",
+        "dvc.yaml",
+        "params.yaml",
+        "constitution.yaml",
+        ".dvcignore",
+    ):
         (project / name).symlink_to(PROJECT / name)
     env = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "RLHF_MIN_FREE_GB": "0.5"}
     env["PREFECT_HOME"] = str(tmp_path_factory.getbasetemp() / "prefect")
