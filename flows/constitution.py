@@ -28,7 +28,7 @@ from rlhf_core.config import check_params
 from rlhf_core.errors import RLHFError
 from tasks.pipeline import find_root, workspace_lock
 from tasks.stage import check_disk, write_text
-from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
+from tasks.tracking import pipeline_run
 
 KIND = "constitution"
 FIRST = ("prepare", "sft")
@@ -74,16 +74,14 @@ def constitution(
 def _run(folder: Path, name: str, until: str, retries: int) -> None:
     """Both parts; the first only if it was not over before."""
     tags = {"rlhf.flow_run_id": str(flow_run.get_id()), "rlhf.campaign": name}
-    parent = start_pipeline_run(f"{name}-{flow_run.get_name()}", tags)
-    env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": tags["rlhf.flow_run_id"]}
-    status = "KILLED"  # unless something better is known: Ctrl-C, a cancelled run
+    with pipeline_run(f"{name}-{flow_run.get_name()}", tags) as parent:
+        env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": tags["rlhf.flow_run_id"]}
 
-    def run(part: str, stages: Sequence[str]) -> None:
-        for stage in stages:
-            one = bring_up_to_date.with_options(name=stage, task_run_name=f"{part} {stage}", retries=retries)
-            one(stage, False, env, return_state=True).result()  # raises what the stage failed with
+        def run(part: str, stages: Sequence[str]) -> None:
+            for stage in stages:
+                one = bring_up_to_date.with_options(name=stage, task_run_name=f"{part} {stage}", retries=retries)
+                one(stage, False, env, return_state=True).result()  # raises what the stage failed with
 
-    try:
         if not (folder / START).is_dir():
             get_run_logger().info("First the SFT policy whose answers will be revised")
             write_text(folder / "dvc.yaml", with_stages(folder, None))
@@ -91,13 +89,6 @@ def _run(folder: Path, name: str, until: str, retries: int) -> None:
             keep_start(folder)
         lay_out(folder)
         run("then", STAGES[: STAGES.index(until) + 1])
-        status = "FINISHED"
-    except Exception:
-        status = "FAILED"
-        raise
-    finally:
-        write_summary(parent)
-        finish_pipeline_run(parent, status)
 
 
 def keep_start(folder: Path) -> None:

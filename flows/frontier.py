@@ -23,7 +23,7 @@ from rlhf_core.pareto import verdicts
 from tasks.lineage import save_experiment
 from tasks.pipeline import Outcome, find_root, workspace_lock
 from tasks.stage import check_disk
-from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_artifact, write_summary
+from tasks.tracking import pipeline_run, write_artifact
 
 EXPERIMENT = "MLFLOW_EXPERIMENT_NAME"
 
@@ -85,41 +85,19 @@ def _run(found: Sweep, project: Path, retries: int) -> None:
     """The shared stages, then each point; what is up to date ends as Cached."""
     log, tags = get_run_logger(), {"rlhf.sweep": found.name, "rlhf.flow_run_id": str(flow_run.get_id())}
     with chdir(found.folder):
-        whole = start_pipeline_run(found.name, {**tags, "rlhf.kind": "sweep"}, key=f"sweep-{found.id}")
-        status = "KILLED"  # unless something better is known: Ctrl-C, a cancelled run
-        try:
+        of_sweep = {**tags, "rlhf.kind": "sweep"}
+        with pipeline_run(found.name, of_sweep, key=f"sweep-{found.id}", summary=False) as whole:
             _stages(SHARED, "shared", whole, retries)
             for point in found.points:
                 with chdir(begin_point(found, point, project=project)), workspace_lock(Path.cwd()):
                     key, of_point = f"sweep-{found.id}-{point.name}", {**tags, "rlhf.point": point.name}
-                    parent = start_pipeline_run(f"{found.name}-{point.name}", of_point, key=key)
-                    ran = _point((*SHARED, *OWN), point.name, parent, retries)
+                    with pipeline_run(f"{found.name}-{point.name}", of_point, key=key) as parent:
+                        ran = _stages((*SHARED, *OWN), point.name, parent, retries)
                     save_experiment(f"{found.name}-{point.name}", Path.cwd(), root=project)
                     log.info(f"Point {point.name}: {', '.join(ran) + ' ran' if ran else 'Cached'}")
             write_frontier(found)
             for file in (found.page, found.page.with_suffix(".csv")):
                 write_artifact(whole, file.name, file.read_text(encoding="utf-8"))
-            status = "FINISHED"
-        except Exception:
-            status = "FAILED"
-            raise
-        finally:
-            finish_pipeline_run(whole, status)
-
-
-def _point(stages: Sequence[str], name: str, parent: str, retries: int) -> list[str]:
-    """One pipeline run of MLflow; returns the stages that really ran."""
-    status = "KILLED"
-    try:
-        ran = _stages(stages, name, parent, retries)
-        status = "FINISHED"
-    except Exception:
-        status = "FAILED"
-        raise
-    finally:
-        write_summary(parent)
-        finish_pipeline_run(parent, status)
-    return ran
 
 
 def _stages(stages: Sequence[str], name: str, parent: str, retries: int) -> list[str]:

@@ -49,7 +49,7 @@ from tasks.environment import record_folder
 from tasks.files import write_jsonl
 from tasks.pipeline import find_root, version_data, workspace_lock
 from tasks.stage import check_disk, write_json, write_text
-from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
+from tasks.tracking import pipeline_run, write_summary
 
 PEOPLE, JUDGE = "people", "judge"
 
@@ -139,16 +139,16 @@ def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: in
     log, number = get_run_logger(), begin_round(campaign)
     log.info(f"Round {number} of {campaign.name}" + ("" if number else ": the pipeline itself"))
     tags = {"rlhf.flow_run_id": str(flow_run.get_id()), "rlhf.round": str(number), "rlhf.campaign": campaign.name}
-    parent = start_pipeline_run(f"{campaign.name}-{number:03}", tags, key=f"round-{campaign.identity()}-{number}")
-    env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": tags["rlhf.flow_run_id"]}
-    status = "KILLED"  # unless something better is known: Ctrl-C, a cancelled run
+    key = f"round-{campaign.identity()}-{number}"
+    # The summary is of the round's files as they lie before the round is put away.
+    with pipeline_run(f"{campaign.name}-{number:03}", tags, key=key, summary=False) as parent:
+        env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": tags["rlhf.flow_run_id"]}
 
-    def run(*stages: str) -> None:
-        for stage in stages:
-            one = bring_up_to_date.with_options(name=stage, task_run_name=f"{number} {stage}", retries=retries)
-            one(stage, False, env, return_state=True).result()  # raises what the stage failed with
+        def run(*stages: str) -> None:
+            for stage in stages:
+                one = bring_up_to_date.with_options(name=stage, task_run_name=f"{number} {stage}", retries=retries)
+                one(stage, False, env, return_state=True).result()  # raises what the stage failed with
 
-    try:
         if number == 0:
             run(*FIRST)
             verdict: dict[str, Any] = {"promoted": True, "checks": [], "judged": 0}
@@ -166,12 +166,6 @@ def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: in
         if number:
             text = (campaign.round_folder(number) / "gate.md").read_text(encoding="utf-8")
             create_markdown_artifact(text, key="gate", description=f"The gate's verdict on round {number}")
-        status = "FINISHED"
-    except Exception:
-        status = "FAILED"
-        raise
-    finally:
-        finish_pipeline_run(parent, status)
 
 
 # ---- judging

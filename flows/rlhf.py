@@ -20,7 +20,7 @@ from flows.results import publish_results
 from rlhf_core.errors import RLHFError
 from tasks.pipeline import STAGES, Outcome, StageFailed, apply_overrides, find_root, run_stage, workspace_lock
 from tasks.stage import check_disk, forget_checkpoints
-from tasks.tracking import finish_pipeline_run, start_pipeline_run, write_summary
+from tasks.tracking import pipeline_run
 
 Stage = Literal["prepare", "sft", "reward", "ppo", "dpo", "evaluate"]
 
@@ -76,23 +76,14 @@ def rlhf(
             if fresh:
                 forget_checkpoints()
             flow_run_id = str(flow_run.get_id())
-            parent = start_pipeline_run(run_name or str(flow_run.get_name()), {"rlhf.flow_run_id": flow_run_id})
-            status = "KILLED"  # unless something better is known: Ctrl-C, a cancelled run
-            try:
+            limit = stage_minutes * 60 if stage_minutes else None
+            with pipeline_run(run_name or str(flow_run.get_name()), {"rlhf.flow_run_id": flow_run_id}) as parent:
                 env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": flow_run_id}
-                limit = stage_minutes * 60 if stage_minutes else None
                 for stage in STAGES[: STAGES.index(until) + 1]:
                     one = bring_up_to_date.with_options(
                         name=stage, task_run_name=stage, retries=retries, timeout_seconds=limit
                     )
                     one(stage, force, env, return_state=True).result()  # raises what the stage failed with
-                status = "FINISHED"
-            except Exception:
-                status = "FAILED"
-                raise
-            finally:
-                write_summary(parent)
-                finish_pipeline_run(parent, status)
             if until == STAGES[-1]:
                 publish_results(root)
     except RLHFError as error:  # one clear message; a traceback would say less

@@ -5,8 +5,9 @@ A weight says how often an epoch sees a ranking. docs/decisions/0016 says why it
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rlhf_core.data import BadField, load_prepared, parse_demonstration, parse_ranking, read_rows
 from rlhf_core.errors import DataError, MissingArtifact
@@ -14,6 +15,7 @@ from rlhf_core.records import Demonstration, Ranking
 
 STARTER = "starter"  # the source of rankings that tell none
 SPLITS = ("train", "validation")
+Record = TypeVar("Record", Ranking, Demonstration)
 
 
 def load_feedback(folder: Path, prepared: Path) -> dict[str, list[Ranking]]:
@@ -29,22 +31,8 @@ def load_feedback(folder: Path, prepared: Path) -> dict[str, list[Ranking]]:
     """
     if not folder.is_dir():
         raise MissingArtifact(f"Found no folder {folder} of judgements, which reward.feedback names.")
-    split_of = {
-        prompt.prompt: (split, prompt.category)
-        for split in SPLITS
-        for prompt in load_prepared(prepared, "prompts", [split])
-    }
-    found: dict[str, list[Ranking]] = {split: [] for split in SPLITS}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line, row in read_rows(str(path)):
-            try:
-                ranking = parse_ranking(row)
-            except BadField as bad:
-                raise DataError(f"{path}, line {line}, {bad}") from bad
-            if ranking.prompt in split_of and len(set(ranking.ranks)) > 1:
-                split, category = split_of[ranking.prompt]
-                found[split].append(ranking._replace(category=category))
-    return found
+    found = _by_split(folder, parse_ranking, prepared, {split: split for split in SPLITS})
+    return {split: [one for one in rankings if len(set(one.ranks)) > 1] for split, rankings in found.items()}
 
 
 def load_demonstrations(folder: Path, prepared: Path) -> dict[str, list[Demonstration]]:
@@ -62,16 +50,23 @@ def load_demonstrations(folder: Path, prepared: Path) -> dict[str, list[Demonstr
     """
     if not folder.is_dir():
         raise MissingArtifact(f"Found no folder {folder} of demonstrations, which sft.feedback names.")
+    return _by_split(folder, parse_demonstration, prepared, {**{split: split for split in SPLITS}, "gold": "train"})
+
+
+def _by_split(
+    folder: Path, parse: Callable[[dict[str, Any]], Record], prepared: Path, goes_to: Mapping[str, str]
+) -> dict[str, list[Record]]:
+    """The records of a folder by the split that a prompt's own split goes to, each with its prompt's category."""
     split_of = {
-        prompt.prompt: ("validation" if split == "validation" else "train", prompt.category)
-        for split in (*SPLITS, "gold")
+        prompt.prompt: (to, prompt.category)
+        for split, to in goes_to.items()
         for prompt in load_prepared(prepared, "prompts", [split])
     }
-    found: dict[str, list[Demonstration]] = {split: [] for split in SPLITS}
+    found: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for path in sorted(folder.glob("*.jsonl")):
         for line, row in read_rows(str(path)):
             try:
-                record = parse_demonstration(row)
+                record = parse(row)
             except BadField as bad:
                 raise DataError(f"{path}, line {line}, {bad}") from bad
             if record.prompt in split_of:

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -696,6 +696,29 @@ def start_pipeline_run(name: str, tags: Mapping[str, str] | None = None, *, key:
 def finish_pipeline_run(run_id: str, status: str = "FINISHED") -> None:
     """End a pipeline run as FINISHED, FAILED or KILLED."""
     _send_now(Parent(run_id, owned=False), ("end", {"status": status}))
+
+
+@contextmanager
+def pipeline_run(
+    name: str, tags: Mapping[str, str] | None = None, *, key: str = "", summary: bool = True
+) -> Iterator[str]:
+    """A pipeline run around what happens inside: FINISHED, FAILED after an error, KILLED by Ctrl-C or a cancelled run.
+
+    Args:
+        name, tags, key: as in `start_pipeline_run`, whose answer is what this gives.
+        summary: write the run's summary at the end, however it ends.
+    """
+    parent, status = start_pipeline_run(name, tags, key=key), "KILLED"
+    try:
+        yield parent
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        if summary:
+            write_summary(parent)
+        finish_pipeline_run(parent, status)
 
 
 def write_summary(run_id: str) -> None:
