@@ -17,7 +17,7 @@ help: ## this list
 run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → dpo → evaluate
 	@$(BIN)/rlhf run
 
-tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in under a minute
+tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in a minute or two
 	@$(BIN)/rlhf run --recipe tiny
 
 test: $(VENV)/.installed ## lint, types, tests
@@ -74,7 +74,7 @@ parity-training: $(VENV)/.installed ## SFT and reward model beside TRL's, in hou
 	@$(WITH_TRL)
 	@$(BIN)/python scripts/parity_training.py $(PAIRS) $(OPTIONS)
 
-bench: $(VENV)/.installed ## time and memory beside TRL's, about an hour: OPTIONS="--only ppo_update"
+bench: $(VENV)/.installed ## time and memory beside TRL's: OPTIONS="--only ppo_update"
 	@$(WITH_TRL)
 	@test -d artifacts/base || $(BIN)/rlhf run --until prepare
 	@$(BIN)/python -m benchmarks.run $(OPTIONS)

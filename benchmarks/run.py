@@ -1,6 +1,6 @@
 """Measures ours and TRL's on the same work, in turn, and writes benchmarks/results.json and docs/performance.md.
 
-    make bench                      all of it, about an hour on two cores
+    make bench                      all of it
     make bench OPTIONS="--only ppo generation"
 
 Every measurement is a process of its own. Rounds alternate, so that a machine that is busier for some minutes is so for
