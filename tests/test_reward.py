@@ -253,7 +253,7 @@ def test_cutting_a_batch_changes_no_weight_whatever_the_loss(
         found[size] = weights(roles)
     for size in (1, 2):
         for ours, theirs in zip(found[size], found[4], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)  # float32, as above
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)  # Adam steps by rounding, too
 
 
 def test_grades_change_no_weight_while_their_coefficient_is_0(llama: Path, section: Callable[..., Any]) -> None:
@@ -510,7 +510,7 @@ def test_cutting_a_batch_changes_no_weight_of_an_axis(llama: Path, section: Call
         found[size] = weights(roles)
     for size in (1, 2):
         for ours, theirs in zip(found[size], found[4], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)  # float32, as above
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)  # Adam steps by rounding, too
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -49,7 +49,7 @@ def test_p_first_is_the_labels_share_of_the_next_token(llama: Path, judge: Label
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
             odds = model(ids).logits[0, -1].double().softmax(0)
         assert opinion is not None
-        assert opinion.first == pytest.approx(float(odds[a] / (odds[a] + odds[b])), abs=1e-6)  # float32 inside
+        assert opinion.first == pytest.approx(float(odds[a] / (odds[a] + odds[b])), abs=1e-5)  # float32, 30 layers
 
 
 def test_a_look_does_not_hang_on_its_neighbours(judge: LabelComparer) -> None:
