@@ -21,6 +21,7 @@ from rlhf_core.best_of_n import best_of_n
 from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
 from rlhf_core.ensemble import member_scores
+from rlhf_core.folding import batches
 from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
 from rlhf_core.rollouts import sample
@@ -89,7 +90,8 @@ def evaluate_policies(
         demonstrations, tokenizer, system=system, max_response_tokens=config.response_tokens
     )
     more = max(max(config.best_of_n, default=0) - config.samples_per_prompt, 0)  # of SFT, for its best of n
-    total = len(policies) * (config.samples_per_prompt + 1) + more
+    parts = range(0, len(encoded), SAMPLED_ROWS)
+    total = (len(policies) * (config.samples_per_prompt + 2) + more) * len(parts)
     sampled: dict[str, list[Response]] = {}
     greedy: dict[str, list[Response]] = {}
     pool: list[Response] = []  # what SFT said beyond its samples
@@ -97,34 +99,38 @@ def evaluate_policies(
     done = 0
     for policy in policies:
         roles, role = (base if policy == "base" else tuned), (REFERENCE if policy in ("base", "sft") else policy)
-        sampled[policy] = []
         # Every policy draws the same random numbers, so that differences are the policies' own.
         generator = torch.Generator().manual_seed(config.seed)
-        for turn in range(config.samples_per_prompt + 1 + more * (policy == "sft")):
-            responses: list[Response] = []
-            for start in range(0, len(encoded), SAMPLED_ROWS):
-                answers = sample(
-                    roles.language_model(role),
-                    encoded[start : start + SAMPLED_ROWS],
-                    max_tokens=config.response_tokens,
-                    temperature=config.temperature,
-                    stop_id=tokenizer.eos_token_id,
-                    pad_id=tokenizer.pad_token_id,
-                    generator=generator,
-                    greedy=turn == 0,
-                    keep_depth=tuned.depth if roles is tuned else 0,
+        by_turn: list[list[Response]] = [[] for _ in range(config.samples_per_prompt + 1 + more * (policy == "sft"))]
+        for start in parts:
+            answers: list[Sampled] = []  # one of each prompt a turn
+            for turn in range(len(by_turn)):
+                answers.append(
+                    sample(
+                        roles.language_model(role),
+                        encoded[start : start + SAMPLED_ROWS],
+                        max_tokens=config.response_tokens,
+                        temperature=config.temperature,
+                        stop_id=tokenizer.eos_token_id,
+                        pad_id=tokenizer.pad_token_id,
+                        generator=generator,
+                        greedy=turn == 0,
+                        keep_depth=tuned.depth if roles is tuned else 0,
+                        logprobs=policy != "sft",
+                    )
                 )
-                responses += _measure(base, tuned, policy, answers, config.temperature, tokenizer, first=start)
-            if turn == 0:
-                greedy[policy] = responses
-            elif turn <= config.samples_per_prompt:
-                sampled[policy] += responses
-            else:
-                pool += responses
+                done += 1
+                note = f"{policy} {'greedy' if turn == 0 else f'sample {turn}'}"
+                tracker.progress(done, total, unit="passes", tokens=int(answers[-1].mask_BT.sum()), note=note)
+            measured = _measure(tuned, policy, answers, config.temperature, tokenizer, first=start)
+            for so_far, responses in zip(by_turn, measured, strict=True):
+                so_far += responses
             done += 1
-            tokens = sum(response.tokens for response in responses)
-            note = f"{policy} {'greedy' if turn == 0 else f'sample {turn}'}"
-            tracker.progress(done, total, unit="passes", tokens=tokens, note=note)
+            tokens = sum(int(one.mask_BT.sum()) for one in answers)
+            tracker.progress(done, total, unit="passes", tokens=tokens, note=f"{policy} measured")
+        greedy[policy] = by_turn[0]
+        sampled[policy] = [one for turn in by_turn[1 : config.samples_per_prompt + 1] for one in turn]
+        pool += [one for turn in by_turn[config.samples_per_prompt + 1 :] for one in turn]
         metrics[policy] = {
             **_summary(sampled[policy]),
             **axis_intervals(sampled[policy], config, cost_axis=cost_axis),
@@ -222,52 +228,61 @@ def axis_intervals(responses: Sequence[Response], config: Evaluate, *, cost_axis
 
 @torch.no_grad()
 def _measure(
-    base: Roles,
     tuned: Roles,
     policy: str,
-    answers: Sampled,
+    answers: Sequence[Sampled],
     temperature: float,
     tokenizer: PreTrainedTokenizerBase,
     *,
     first: int,
-) -> list[Response]:
-    responses = answers.responses()
-    kl_B = torch.zeros(len(responses))
-    scored = {judge: torch.zeros(len(responses), 1 + len(tuned.axes[judge])) for judge in JUDGES}
-    size = len(responses)
-    own = processes.own(range(size))  # the rows that this process sampled, and whose hidden states it may have kept
-    kept = dict(zip(own, answers.states, strict=True)) if answers.states is not None else {}
-    # By length, so that little padding is computed.
-    order = sorted(own, key=lambda row: len(answers.prompts[row]) + len(responses[row]))
-    for start in range(0, len(order), MEASURED_ROWS):
-        rows = order[start : start + MEASURED_ROWS]
-        packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
-        states = [kept[row] for row in rows] if kept else None
-        trunk = tuned.trunk(packed, states=states)  # once, for the reference, the policy and both judges
-        answer = (packed.ids_BT, packed.mask_BT)
+) -> list[list[Response]]:
+    """What each of a policy's turns answered to the same prompts; `first` is the number of the first of these."""
+    responses = [one.responses() for one in answers]
+    prompts, count = answers[0].prompts, len(answers[0].prompts)
+    own = processes.own(range(count))  # the rows that this process sampled, and whose hidden states it may have kept
+    # A prompt's answers side by side, so that the prompt is computed once for all of them.
+    places = [(turn, row) for row in own for turn in range(len(answers))]
+    kept = {
+        (turn, row): state
+        for turn, one in enumerate(answers)
+        for row, state in zip(own, one.states or (), strict=one.states is not None)
+    }
+    kl = torch.zeros(len(answers), count)
+    scored = {judge: torch.zeros(len(answers), count, 1 + len(tuned.axes[judge])) for judge in JUDGES}
+    for numbers in batches([[*prompts[row], *responses[turn][row]] for turn, row in places], MEASURED_ROWS):
+        part = [places[number] for number in numbers]
+        packed = pack([prompts[row] for _, row in part], [responses[turn][row] for turn, row in part], 0)
+        states = [kept[place] for place in part] if kept else None
+        trunk = tuned.trunk(packed, states=states, folded=True)  # once, for the reference and both judges
+        at = tuple(torch.tensor(part).T)
         if policy != "sft":
-            ref_BT, _ = tuned.logprobs(trunk, REFERENCE, *answer, temperature=temperature)
-            mine = (base.trunk(packed), REFERENCE) if policy == "base" else (trunk, policy)
-            own_BT, _ = (base if policy == "base" else tuned).logprobs(*mine, *answer, temperature=temperature)
-            kl_B[rows] = (own_BT - ref_BT).sum(1).cpu()  # both are 0 beyond the response
-        for judge, scores_BH in scored.items():
-            scores_BH[rows] = member_scores(tuned, trunk, judge).mean(1).cpu()
-    kl_B = processes.place(kl_B[order], order, size)
-    scores = {judge: processes.place(scores_BH[order], order, size).tolist() for judge, scores_BH in scored.items()}
-    return [
-        Response(
-            prompt=first + row,
-            text=str(tokenizer.decode(response, skip_special_tokens=True)).strip(),
-            tokens=len(response),
-            stopped=bool(answers.stopped_B[row]),
-            reward=scores["reward"][row][0],
-            gold_reward=scores["gold"][row][0],
-            kl=float(kl_B[row]),
-            reward_axes=dict(zip(tuned.axes["reward"], scores["reward"][row][1:], strict=True)),
-            gold_axes=dict(zip(tuned.axes["gold"], scores["gold"][row][1:], strict=True)),
+            ref_BT, _ = tuned.logprobs(trunk, REFERENCE, packed.ids_BT, packed.mask_BT, temperature=temperature)
+            kl[at] = -ref_BT.sum(1).cpu()  # 0 beyond the response, as is what the policy says of its own tokens
+        for judge, scores in scored.items():
+            scores[at] = member_scores(tuned, trunk, judge).mean(1).cpu()
+    found = []
+    for turn, one in enumerate(answers):
+        kl_B = processes.place(kl[turn, own], own, count)
+        if one.logprobs_BT is not None:
+            kl_B = kl_B + one.logprobs_BT.sum(1)
+        by_judge = {judge: processes.place(of[turn, own], own, count).tolist() for judge, of in scored.items()}
+        found.append(
+            [
+                Response(
+                    prompt=first + row,
+                    text=str(tokenizer.decode(response, skip_special_tokens=True)).strip(),
+                    tokens=len(response),
+                    stopped=bool(one.stopped_B[row]),
+                    reward=by_judge["reward"][row][0],
+                    gold_reward=by_judge["gold"][row][0],
+                    kl=float(kl_B[row]),
+                    reward_axes=dict(zip(tuned.axes["reward"], by_judge["reward"][row][1:], strict=True)),
+                    gold_axes=dict(zip(tuned.axes["gold"], by_judge["gold"][row][1:], strict=True)),
+                )
+                for row, response in enumerate(responses[turn])
+            ]
         )
-        for row, response in enumerate(responses)
-    ]
+    return found
 
 
 def _summary(responses: Sequence[Response]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from rlhf_core import processes
 from rlhf_core.base import set_pad
 from rlhf_core.config import Training
 from rlhf_core.errors import MissingArtifact
+from rlhf_core.folding import Fold, alike, batches, fold_rows
 from rlhf_core.functional import entropy as token_entropy
 from rlhf_core.functional import token_logprobs
 
@@ -52,15 +53,18 @@ class Packed(NamedTuple):
 class Trunk(NamedTuple):
     """What the roles share of a batch: hidden states below the lowest adapter, or the ids where nothing is shared."""
 
-    states: Tensor  # (B, S, D) float, or the ids
+    states: Tensor  # (B, S, D) float, or the ids (B, S); (G, F, D) or (G, F) where rows are folded
     ids_BS: Tensor
     mask_BS: Tensor
     predicts_BS: Tensor
+    fold: Fold | None = None
 
     def rows(self, index: Tensor) -> "Trunk":
         """The trunk of some of its rows, trimmed to their longest."""
+        assert self.fold is None, "rows that lie as one cannot be told apart"
         stop = int(self.mask_BS[index].sum(1).max()) if len(index) else 0
-        return Trunk(*(part[index, :stop] for part in self))
+        states, ids_BS, mask_BS, predicts_BS = (part[index, :stop] for part in self[:4])
+        return Trunk(states, ids_BS, mask_BS, predicts_BS)
 
 
 class TrunkCache:
@@ -71,10 +75,10 @@ class TrunkCache:
 
     def __init__(self, limit_bytes: int = 1 << 30) -> None:
         self.room = limit_bytes
-        self.states: dict[tuple[int, ...], Tensor] = {}  # a row's ids -> (S, D)
+        self.states: dict[tuple[tuple[int, ...], ...], Tensor] = {}  # ids of rows that lie as one -> (F, D)
 
-    def keep(self, ids: tuple[int, ...], states_SD: Tensor) -> None:
-        """Hold a row's states if there is room left."""
+    def keep(self, ids: tuple[tuple[int, ...], ...], states_SD: Tensor) -> None:
+        """Hold the states of rows that lie as one, if there is room left."""
         size = states_SD.nbytes
         if ids not in self.states and size <= self.room:
             self.states[ids] = states_SD
@@ -157,6 +161,7 @@ class Roles(nn.Module):
         self.normalisers: dict[str, Normaliser] = {}
         self.axes: dict[str, dict[str, Normaliser]] = {}  # role -> axis -> its normaliser, in the order of the outputs
         self._depth: int | None = None
+        self._folds: bool | None = None
         self._views: dict[Any, nn.Module] = {}
 
     # ---- roles
@@ -264,7 +269,12 @@ class Roles(nn.Module):
     # ---- forward
 
     def trunk(
-        self, packed: Packed, cache: TrunkCache | None = None, *, states: Sequence[Tensor] | None = None
+        self,
+        packed: Packed,
+        cache: TrunkCache | None = None,
+        *,
+        states: Sequence[Tensor] | None = None,
+        folded: bool = False,
     ) -> Trunk:
         """What all roles share of a batch. No gradient passes it.
 
@@ -272,30 +282,44 @@ class Roles(nn.Module):
             states: (S, D) of each row, where sampling has kept them: nothing needs computing then.
             cache: where rows are looked up that may have come before. It serves one `Roles`, and must be dropped when
                 a role is added, since the new role may share fewer layers.
+            folded: compute what neighbouring rows begin alike with once, here and in the roles' own layers.
         """
         ids_BS, mask_BS, predicts_BS = (part.to(self.device) for part in packed[:3])
+        rows = [tuple(ids_S[mask_S].tolist()) for ids_S, mask_S in zip(packed.ids_BS, packed.mask_BS, strict=True)]
+        groups = alike(rows) if folded and self.folds else [(1, len(row)) for row in rows]
+        fold = fold_rows(mask_BS, groups) if any(count > 1 for count, _ in groups) else None
+        rest = (ids_BS, mask_BS, predicts_BS, fold)
         if self.depth == 0:
-            return Trunk(ids_BS, ids_BS, mask_BS, predicts_BS)
+            return Trunk(ids_BS if fold is None else fold.fold(ids_BS), *rest)
         if states is not None:
-            return Trunk(pad_sequence(list(states), batch_first=True), ids_BS, mask_BS, predicts_BS)
+            kept_BSD = pad_sequence(list(states), batch_first=True)
+            return Trunk(kept_BSD if fold is None else fold.fold(kept_BSD), *rest)
         if cache is None:
-            return Trunk(self._lower(ids_BS, mask_BS), ids_BS, mask_BS, predicts_BS)
-        states = []
-        for ids_S, mask_S in zip(ids_BS, mask_BS, strict=True):
-            ids = tuple(ids_S[mask_S].tolist())
-            # Alone, so that a row has the same states whatever stood beside it when it came first.
-            found = cache.states.get(ids)
-            states.append(found if found is not None else self._lower(ids_S[mask_S][None], mask_S[mask_S][None])[0])
-            cache.keep(ids, states[-1])
-        return Trunk(pad_sequence(states, batch_first=True), ids_BS, mask_BS, predicts_BS)
+            return Trunk(self._lower(ids_BS, mask_BS, fold), *rest)
+        found, start = [], 0
+        for count, common in groups:
+            ids = tuple(rows[start : start + count])
+            states_FD = cache.states.get(ids)
+            if states_FD is None:
+                # Alone, so that rows have the same states whatever stood beside them when they came first.
+                own_BS, own_mask_BS = (part.to(self.device) for part in pad_right(ids, 0))
+                alone = fold_rows(own_mask_BS, [(count, common)]) if count > 1 else None
+                states_FD = self._lower(own_BS, own_mask_BS, alone)[0]
+                cache.keep(ids, states_FD)
+            found.append(states_FD)
+            start += count
+        return Trunk(pad_sequence(found, batch_first=True), *rest)
 
     def hidden(self, trunk: Trunk, role: str) -> Tensor:
         """(B, S, D) last hidden states of a role, final norm included."""
         body = self._activate(role)
         with self._recomputing(body, role):
             if trunk.states.dim() == 2:
-                return _run(_body(body), trunk.mask_BS, input_ids=trunk.states)
-            return _run(self._view(body, slice(self.depth, self.layers)), trunk.mask_BS, inputs_embeds=trunk.states)
+                found = _run(_body(body), trunk.mask_BS, trunk.fold, input_ids=trunk.states)
+            else:
+                upper = self._view(body, slice(self.depth, self.layers))
+                found = _run(upper, trunk.mask_BS, trunk.fold, inputs_embeds=trunk.states)
+        return found if trunk.fold is None else trunk.fold.unfold(found)
 
     def logprobs(
         self, trunk: Trunk, role: str, ids_BT: Tensor, mask_BT: Tensor, *, temperature: float, entropy: bool = False
@@ -356,15 +380,16 @@ class Roles(nn.Module):
     ) -> Tensor:
         """(N, M, 1 + A) what `outputs` gives for each of M roles at the end of each row of ids, in the order given.
 
-        Rows of like length are computed together, so that little padding is, and what the roles share is computed once;
-        gradients flow as usual.
+        Rows of like length are computed together, so that little padding is; what neighbours in the order given begin
+        alike with, such as their prompt, and what the roles share is computed once. Gradients flow as usual.
         """
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        order: list[int] = []
         parts = [torch.empty((0, len(roles), 1 + len(self.axes[roles[0]])), device=self.device)]
-        for start in range(0, len(order), size):
-            packed = pack([rows[row] for row in order[start : start + size]], None, pad_id)
-            trunk = self.trunk(packed, cache)
+        for numbers in batches(rows, size):
+            packed = pack([rows[row] for row in numbers], None, pad_id)
+            trunk = self.trunk(packed, cache, folded=True)
             parts.append(torch.stack([self.outputs(trunk, role) for role in roles], 1))
+            order += numbers
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.tensor(order)] = torch.arange(len(order))
         return torch.cat(parts)[place.to(self.device)]
@@ -398,6 +423,13 @@ class Roles(nn.Module):
             self._depth = 0 if self.full else self._shared_depth()
         return self._depth
 
+    @property
+    def folds(self) -> bool:
+        """Whether rows that begin alike may lie as one, which no model is believed to bear that has not shown it."""
+        if self._folds is None:
+            self._folds = self._bears_folding()
+        return self._folds
+
     # ---- inside
 
     def _add_heads(self, role: str, start: Path | None, axes: Sequence[str] | None) -> None:
@@ -424,8 +456,27 @@ class Roles(nn.Module):
         return head
 
     @torch.no_grad()
-    def _lower(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        return _run(self._view(self.model, slice(0, self.depth)), mask_BS, input_ids=ids_BS)
+    def _lower(self, ids_BS: Tensor, mask_BS: Tensor, fold: Fold | None = None) -> Tensor:
+        ids = ids_BS if fold is None else fold.fold(ids_BS)
+        return _run(self._view(self.model, slice(0, self.depth)), mask_BS, fold, input_ids=ids)
+
+    @torch.no_grad()
+    def _bears_folding(self) -> bool:
+        config: Any = self.model.config
+        if getattr(config, "sliding_window", None):  # a folded token's window would not be its row's
+            return False
+        ids_BS = torch.arange(18, device=self.device).reshape(3, 6) % config.vocab_size
+        ids_BS[:, :3] = ids_BS[0, :3]
+        mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        mask_BS[1, 5:] = False
+        fold = fold_rows(mask_BS, [(3, 3)])
+        body = _body(self._activate(REFERENCE))
+        plain = _run(body, mask_BS, input_ids=ids_BS)
+        try:
+            folded = fold.unfold(_run(body, mask_BS, fold, input_ids=fold.fold(ids_BS)))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # no such mask is taken
+            return False
+        return torch.allclose(plain[mask_BS], folded[mask_BS], rtol=1e-4, atol=1e-4)
 
     def _new_adapter(self) -> LoraConfig:
         training = self.training_section
@@ -521,10 +572,15 @@ class Roles(nn.Module):
         return self._views[key]
 
 
-def _run(body: Any, mask_BS: Tensor, **inputs: Tensor) -> Tensor:
-    # Positions come from the mask, so that a row means the same with and without padding on its left.
-    positions_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
-    out = body(attention_mask=mask_BS.long(), position_ids=positions_BS, use_cache=False, **inputs)
+def _run(body: Any, mask_BS: Tensor, fold: Fold | None = None, **inputs: Tensor) -> Tensor:
+    if fold is None:
+        # Positions come from the mask, so that a row means the same with and without padding on its left.
+        positions_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
+        out = body(attention_mask=mask_BS.long(), position_ids=positions_BS, use_cache=False, **inputs)
+    else:
+        # Added to the scores, as every kind of attention takes it.
+        hides = torch.where(fold.sees_GFF, 0.0, torch.finfo(torch.float32).min)[:, None]
+        out = body(attention_mask=hides, position_ids=fold.positions_GF, use_cache=False, **inputs)
     return out.last_hidden_state
 
 

@@ -44,6 +44,7 @@ class Sampled(NamedTuple):
     stopped_B: Tensor  # (B,) bool, True where a stop token came
     # Of each row of this process (S, D) hidden states of prompt and response, where they were kept while sampling.
     states: list[Tensor] | None = None
+    logprobs_BT: Tensor | None = None  # nats, of the tokens as they were sampled, where asked for; 0 past a response
 
     def responses(self) -> list[list[int]]:
         """Token ids of each response, by its mask: a PAD that was sampled is a token like any other."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_core import processes
 from rlhf_core.decoding import decoder
 from rlhf_core.errors import ConfigError
+from rlhf_core.functional import token_logprobs
 from rlhf_core.records import Sampled
 
 DRAW_BLOCK = 256  # tokens whose probabilities are summed before the running sum
@@ -31,6 +32,7 @@ def sample(
     generator: torch.Generator,
     greedy: bool = False,
     keep_depth: int = 0,
+    logprobs: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Sampled:
     """Sample one response a prompt.
@@ -47,6 +49,8 @@ def sample(
         generator: where the random numbers come from.
         greedy: take the likeliest token instead.
         keep_depth: keep the hidden states below this layer where that costs nothing; 0 keeps none.
+        logprobs: tell the tokens' log-probs too, at this temperature also where the likeliest were taken. Before an
+            update learns from them, compute them as the update will: rounding would look like a ratio.
         on_step: called with the step and the number of rows still running.
 
     Returns:
@@ -65,6 +69,7 @@ def sample(
     out_BT = torch.full((count, max_tokens), pad_id, dtype=torch.long)
     kept_BT = torch.zeros((count, max_tokens), dtype=torch.bool)
     stopped_B = torch.zeros(count, dtype=torch.bool)
+    said_BT = torch.zeros((count, max_tokens if logprobs else 0))
 
     uniform_TB = torch.rand((max_tokens, count), generator=generator, dtype=torch.float64)
     own, states = processes.own(range(count)), None
@@ -82,6 +87,9 @@ def sample(
             rows = live_L[running_L]
             out_BT[rows, step] = tokens_L[running_L]
             kept_BT[rows, step] = True
+            if logprobs:
+                said_L = token_logprobs(logits_LV[None], drawn_L[None].to(logits_LV.device), temperature=temperature)[0]
+                said_BT[rows, step] = said_L.cpu()[running_L]
             stopped_B[rows] = tokens_L[running_L] == stop_id
             running_L = ~stopped_B[live_L]
             if on_step:
@@ -91,10 +99,13 @@ def sample(
                 break
             logits_LV = batch.step(tokens_L, running_L)
         states = batch.states()
-    out_BT, kept_BT, stopped_B = (processes.place(part[own], own, count) for part in (out_BT, kept_BT, stopped_B))
+    out_BT, kept_BT, stopped_B, said_BT = (
+        processes.place(part[own], own, count) for part in (out_BT, kept_BT, stopped_B, said_BT)
+    )
     length = int(kept_BT.sum(1).max())
     rows_of_ids = [list(row) for row in prompts]
-    return Sampled(rows_of_ids, out_BT[:, :length], kept_BT[:, :length], stopped_B, states)
+    said = said_BT[:, :length] if logprobs else None
+    return Sampled(rows_of_ids, out_BT[:, :length], kept_BT[:, :length], stopped_B, states, said)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:

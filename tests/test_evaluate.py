@@ -169,7 +169,7 @@ def test_many_prompts_are_answered_in_pieces(
     monkeypatch.setattr(evaluate, "sample", watched)
     monkeypatch.setattr(evaluate, "SAMPLED_ROWS", 2)
     found = run(llama, folders(move=True), section("evaluate"), tokenizer)
-    assert widths == [2, 1] * 9
+    assert widths == [2, 2, 2, 1, 1, 1] * 3
     assert [one.prompt for one in found.sampled["ppo"]] == [0, 1, 2, 0, 1, 2]
 
 
@@ -178,14 +178,14 @@ def test_states_kept_while_sampling_change_no_number(
 ) -> None:
     given, trunk, saved = [], Roles.trunk, folders(move=True)
 
-    def watched(self: Roles, packed: Any, cache: Any = None, *, states: Any = None) -> Any:
+    def watched(self: Roles, packed: Any, cache: Any = None, *, states: Any = None, folded: bool = False) -> Any:
         given.append(states is not None)
-        return trunk(self, packed, cache)
+        return trunk(self, packed, cache)  # and each row of its own
 
     ours = run(llama, saved, section("evaluate"), tokenizer)
     monkeypatch.setattr(Roles, "trunk", watched)
     plain = run(llama, saved, section("evaluate"), tokenizer)
-    assert sum(given) == 2 * 3  # three passes of sft and ppo, each measured in one piece; the base has its own layers
+    assert sum(given) == 2  # sft's and ppo's answers, each measured in one piece; the base has layers of its own
     for policy in POLICIES:
         for left, right in zip(ours.sampled[policy], plain.sampled[policy], strict=True):
             assert left.text == right.text

@@ -178,6 +178,21 @@ def test_logprobs_of_what_was_sampled_are_those_of_the_plain_model(request: pyte
         torch.testing.assert_close(logprobs_BT[row, : len(tokens)], expected_T, rtol=1e-4, atol=1e-5)  # float32
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("greedy", [False, True])
+def test_logprobs_told_while_sampling_are_those_of_the_plain_model(model: Any, greedy: bool) -> None:
+    stop = int(roll(model, greedy=greedy, seed=5).ids_BT[1, 2])  # so that one row at least ends early
+    found = roll(model, greedy=greedy, seed=5, temperature=0.8, stop_id=stop, logprobs=True)
+    assert found.logprobs_BT is not None
+    assert not found.logprobs_BT[~found.mask_BT].any()
+    for row, prompt in enumerate(PROMPTS):
+        tokens = found.ids_BT[row][found.mask_BT[row]].tolist()
+        logits_TV = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected_T = (logits_TV / 0.8).log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+        torch.testing.assert_close(found.logprobs_BT[row, : len(tokens)], expected_T, rtol=1e-4, atol=1e-5)  # float32
+    assert roll(model, seed=5).logprobs_BT is None
+
+
 def test_steps_are_reported_with_the_rows_still_running(model: Any) -> None:
     steps: list[tuple[int, int]] = []
     found = roll(model, PROMPTS * 4, stop_id=2, max_tokens=10, on_step=lambda step, rows: steps.append((step, rows)))
