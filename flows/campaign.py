@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -83,15 +84,29 @@ class Campaign:
         return str(json.loads((self.folder / "campaign.json").read_text(encoding="utf-8"))["id"])
 
 
-def open_campaign(name: str, *, project: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Campaign:
+def open_campaign(
+    name: str,
+    *,
+    project: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    in_rounds: Sequence[str] = (),
+) -> Campaign:
     """Bring a campaign's workspace up to date with the project's code, or make one; raises as `open_workspace` does."""
-    campaign = Campaign(name, open_workspace(name, ONLINE, project=project, recipe=recipe, overrides=overrides))
+    begun = {"recipe": recipe, "overrides": overrides, "in_rounds": in_rounds}
+    campaign = Campaign(name, open_workspace(name, ONLINE, project=project, **begun))  # type: ignore[arg-type]
     write_text(campaign.folder / "dvc.yaml", _stages(campaign))
     return campaign
 
 
 def open_workspace(
-    name: str, kind: str, *, project: Path, recipe: str | None = None, overrides: Sequence[str] = ()
+    name: str,
+    kind: str,
+    *,
+    project: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    in_rounds: Sequence[str] = (),
 ) -> Path:
     """Bring the workspace .rlhf/NAME up to date with the project's code, or make one; it has the project's stages.
 
@@ -99,6 +114,7 @@ def open_workspace(
 
     Args:
         kind: what it is for.
+        in_rounds: overrides that campaign.yaml has on top, so that the pipeline itself need not be computed anew.
 
     Raises:
         ConfigError: the name is not one, or is taken by another kind; or recipe or overrides are given for one that has
@@ -108,15 +124,15 @@ def open_workspace(
         raise ConfigError(f"Found a campaign named {name!r}, expected letters, digits, - and _.")
     folder = project / ".rlhf" / name
     begun = folder / "campaign.json"
-    wanted = {"recipe": recipe, "overrides": list(overrides)}
+    wanted = {"recipe": recipe, "overrides": list(overrides), "in_rounds": list(in_rounds)}
     if begun.is_file():
-        known = json.loads(begun.read_text(encoding="utf-8"))
+        known = {"in_rounds": [], **json.loads(begun.read_text(encoding="utf-8"))}
         if (other := known.get("kind", ONLINE)) != kind:
             raise ConfigError(f"Found {name} to be a campaign of `rlhf {other}`. Name another one for `rlhf {kind}`.")
-        if (recipe or overrides) and wanted != {key: known[key] for key in wanted}:
+        if any(wanted.values()) and wanted != {key: known[key] for key in wanted}:
             raise ConfigError(
-                f"Campaign {name} began with recipe {known['recipe']} and overrides {known['overrides']}. Leave them "
-                "out to go on with it, or name another campaign."
+                f"Campaign {name} began with recipe {known['recipe']} and overrides {known['overrides']}, in its "
+                f"rounds {known['in_rounds']}. Leave them out to go on with it, or name another campaign."
             )
         _copy_code(folder, project)
         return folder
@@ -136,7 +152,10 @@ def open_workspace(
             if (project / part).is_dir():
                 shutil.copytree(project / part, folder / part, dirs_exist_ok=True)
         checkout(root=folder)
-    shutil.copy(folder / "params.yaml", folder / "campaign.yaml")
+    with TemporaryDirectory(dir=folder) as draft:
+        shutil.copy(folder / "params.yaml", draft)
+        apply_overrides(in_rounds, root=Path(draft))
+        shutil.copy(Path(draft) / "params.yaml", folder / "campaign.yaml")
     write_json(begun, {**wanted, "kind": kind, "id": uuid.uuid4().hex, "began": _now()})
     return folder
 

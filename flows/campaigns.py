@@ -25,6 +25,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Begin with another value of params.yaml."),
 ]
+InRounds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--in-rounds",
+        "-R",
+        metavar="SECTION.KEY=VALUE",
+        help="Begin with another value for the rounds alone: round 0 stays what the project has computed already.",
+    ),
+]
 Hours = Annotated[float, typer.Option(min=0.001, help="Go on after so many hours with what people have judged.")]
 Judgements = Annotated[int | None, typer.Option(min=1, help="Go on after so many judgements; all items if not given.")]
 Overlap = Annotated[int, typer.Option(min=1, max=20, help="How many people judge each item.")]
@@ -61,6 +70,7 @@ def run(
     annotator: AnnotatorName = None,
     recipe: Recipe = None,
     overrides: Overrides = None,
+    in_rounds: InRounds = None,
     hours: Hours = 72.0,
     judgements: Judgements = None,
     overlap: Overlap = 1,
@@ -76,6 +86,7 @@ def run(
     - `rlhf online run --recipe tiny --annotator rule:short` tries it all in some two minutes
     - `rlhf online run --hours 24 --judgements 200` waits a day, or for 200 judgements
     - `rlhf online run careful -S gate.max_kl=8 -S ppo.kl_coef=0.1` begins a campaign with other values
+    - `rlhf online run more -R "reward.weights={human: 3}"` begins one with other values in its rounds alone
     """
     project = find_root()
     if not recipe and (missing := preflight.problems(str(project))):
@@ -88,7 +99,7 @@ def run(
     waiting = Waiting(judgements=judgements, overlap=overlap, hours=hours, address=address, port=port)
     online(
         name=name, rounds=rounds, until=until, annotator=annotator, recipe=recipe, overrides=overrides or [],
-        waiting=waiting,
+        in_rounds=in_rounds or [], waiting=waiting,
     )  # fmt: skip
 
 

@@ -86,6 +86,7 @@ def online(
     annotator: Annotated[str | None, Field(title="Annotator")] = None,
     recipe: Annotated[str | None, Field(title="Recipe")] = None,
     overrides: Annotated[list[str], Field(title="Overrides")] = [],  # noqa: B006  (never changed; the form shows a list)
+    in_rounds: Annotated[list[str], Field(title="Overrides in the rounds")] = [],  # noqa: B006
     waiting: Annotated[Waiting, Field(title="Waiting for people")] = Waiting(),  # noqa: B008  (frozen in the form)
     retries: Annotated[int, Field(title="Retries", ge=0, le=10)] = 1,
 ) -> Any:
@@ -99,6 +100,7 @@ def online(
             or rule:NAME. What the campaign's preferences.annotator says if empty.
         recipe: Begin the campaign with the values of recipes/NAME.yaml.
         overrides: Begin it with other values of params.yaml, one `section.key=value` a line.
+        in_rounds: More values for the rounds after round 0 only, which then is what the project has computed already.
         waiting: How long to wait for people, and where they judge.
         retries: How often a stage that crashed is started again.
     """
@@ -107,7 +109,7 @@ def online(
         project = find_root()
         if project.parent.name == ".rlhf":  # the flow was started in a workspace
             project = project.parents[1]
-        campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides)
+        campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides, in_rounds=in_rounds)
         with chdir(campaign.folder), workspace_lock(campaign.folder):
             check_disk(campaign.folder)
             who = annotator or load_params("campaign.yaml").preferences.annotator

@@ -140,6 +140,22 @@ def test_a_campaign_keeps_what_it_began_with(campaign: Campaign) -> None:
         open_campaign("try", project=project, overrides=["ppo.kl_coef=0.2"])
 
 
+def test_values_for_the_rounds_alone_leave_the_pipeline_as_it_is(campaign: Campaign) -> None:
+    project = project_of(campaign)
+    begun = {"recipe": "tiny", "overrides": ["ppo.kl_coef=0.2"], "in_rounds": ["reward.weights={human: 3}"]}
+    other = open_campaign("other", project=project, **begun)
+    pipeline, rounds = (load_params(other.folder / name) for name in ("params.yaml", "campaign.yaml"))
+    assert (pipeline.ppo.kl_coef, rounds.ppo.kl_coef) == (0.2, 0.2)
+    assert (pipeline.reward.weights, rounds.reward.weights) == ({}, {"human": 3.0})
+    run_round(other)
+    begin_round(other)
+    assert load_params(other.folder / "params.yaml").reward.weights == {"human": 3.0}
+    assert sorted(path.name for path in other.folder.iterdir() if path.name.startswith("tmp")) == []
+    open_campaign("other", project=project, **begun)
+    with pytest.raises(ConfigError, match=r"in its rounds \['reward.weights=\{human: 3\}'\]"):
+        open_campaign("other", project=project, in_rounds=["reward.weights={human: 2}"])
+
+
 @pytest.mark.parametrize("name", ["", "../other", "a b", ".hidden"])
 def test_a_campaigns_name_is_a_plain_word(campaign: Campaign, name: str) -> None:
     with pytest.raises(ConfigError, match="expected letters, digits, - and _"):
