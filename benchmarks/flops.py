@@ -97,14 +97,16 @@ def sampling(shape: Shape, rows: Rows, *, prompts: int) -> int:
     return forward(shape, shape.layers, prompts * rows.prompt + rows.answered, seen) + head(shape, rows.answered)
 
 
-def ppo_ours(shape: Shape, rows: Rows, *, prompts: int, layers: int, epochs: int) -> int:
-    """One update: roles with adapters in the top `layers`, a value model of its own, the layers below kept in sampling.
+def ppo_ours(shape: Shape, rows: Rows, *, prompts: int, layers: int, epochs: int, shared: bool = False) -> int:
+    """One update: roles with adapters in the top `layers`, the layers below kept in sampling.
 
-    Four roles look at the rollouts once (policy, reference, value, reward); policy and value learn from them.
+    Four roles look at the rollouts once (policy, reference, value, reward); policy and value learn from them. Where the
+    value model is a head on the policy (`shared`), what the policy computes is its own too.
     """
-    look = 4 * forward(shape, layers, rows.tokens, rows.seen, adapter=True) + 2 * head(shape, rows.answered)
+    roles = 3 if shared else 4
+    look = roles * forward(shape, layers, rows.tokens, rows.seen, adapter=True) + 2 * head(shape, rows.answered)
     policy = learn(shape, layers, rows.tokens, rows.seen, full=False) + 2 * head(shape, rows.answered)
-    value = learn(shape, layers, rows.tokens, rows.seen, full=False)
+    value = 0 if shared else learn(shape, layers, rows.tokens, rows.seen, full=False)
     return sampling(shape, rows, prompts=prompts) + look + epochs * (policy + value)
 
 

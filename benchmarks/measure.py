@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from benchmarks.machine import bandwidth_gb_s, peak_gflops, products_seconds
-from rlhf_core.config import Params, load_params
+from rlhf_core.config import Params, ValueNetwork, load_params
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.models import Roles, TrunkCache, load_tokenizer
 from rlhf_core.ppo import POLICY, VALUE, add_roles, train_ppo
@@ -96,7 +96,15 @@ def prompts_of(model: str, count: int, length: int) -> list[list[int]]:
 
 
 def ppo_ours(
-    *, model: str, layers: int, rollouts: int, prompt: int, response: int, epochs: int, updates: int
+    *,
+    model: str,
+    layers: int,
+    rollouts: int,
+    prompt: int,
+    response: int,
+    epochs: int,
+    updates: int,
+    value_network: ValueNetwork = "own",
 ) -> dict[str, Any]:
     """Updates of our loop; `layers` 0 is LoRA on every layer. Each rollout has a prompt of its own, as TRL's have."""
     params = load_params()
@@ -105,7 +113,7 @@ def ppo_ours(
         update={
             **shape, "updates": updates + 1, "rollouts": rollouts, "samples_per_prompt": 1, "response_tokens": response,
             "epochs": epochs, "minibatch_size": min(8, rollouts), "micro_batch_size": min(8, rollouts),
-            "value_warmup_updates": 0, "early_stop_kl": 1e9, "start": "",
+            "value_warmup_updates": 0, "early_stop_kl": 1e9, "start": "", "value_network": value_network,
         }
     )  # fmt: skip
     prompts = prompts_of(model, rollouts * (updates + 1), prompt)
@@ -116,7 +124,7 @@ def ppo_ours(
         judge.save("reward", folder)
         del judge
         roles = Roles(model, config)
-        add_roles(roles, folder, method="lora")
+        add_roles(roles, folder, method="lora", value_network=value_network)
         loaded = peak_bytes()
         tokenizer: Any = Endless(load_tokenizer(model))
         train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=watch)

@@ -10,6 +10,7 @@ PAGE, IMAGES = Path("docs/performance.md"), Path("docs/images")
 NAMES = {
     "default": "ours, as params.yaml has it",
     "separate": "ours, LoRA on every layer, a value network of its own",
+    "shared": "ours, LoRA on every layer, the value a head on the policy",
     "trl": "TRL as it comes, trained in full",
     "trl_lora": "TRL, policy by LoRA on all linear layers",
 }
@@ -70,6 +71,8 @@ def _ppo(found: dict[str, Any]) -> list[str]:
         f"TRL with LoRA it is {found['ratio_default_lora']:.2f} times as fast.\n"
         f"- With LoRA on every layer and a value network of its own: **{found['ratio_separate']:.2f} times**, with "
         f"{found['flops_ratio_separate']:.2f} times fewer operations.\n"
+        f"- With LoRA on every layer and the value a head on the policy: **{found['ratio_shared']:.2f} times**, with "
+        f"{found['flops_ratio_shared']:.2f} times fewer operations.\n"
         f"- Our default recipe needs {found['memory_ratio']:.0%} of the memory.",
         "Operations are counted by [benchmarks/flops.py](../benchmarks/flops.py), for each method what it computes. "
         "TRL's\ndefaults, bfloat16 and gradient checkpointing, are off: all is float32, and nothing is computed twice.",

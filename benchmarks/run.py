@@ -87,6 +87,7 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
             "default": ("ppo_ours", {**spec, "layers": layers}),
             "trl": ("ppo_trl", {**spec, "lora": False}),
             "separate": ("ppo_ours", {**spec, "layers": 0}),
+            "shared": ("ppo_ours", {**spec, "layers": 0, "value_network": "shared"}),
             "trl_lora": ("ppo_trl", {**spec, "lora": True}),
         }
     )
@@ -94,6 +95,9 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
     needed = {
         "default": flops.ppo_ours(bench.shape, rows, prompts=rows.count, layers=layers, epochs=2),
         "separate": flops.ppo_ours(bench.shape, rows, prompts=rows.count, layers=bench.shape.layers, epochs=2),
+        "shared": flops.ppo_ours(
+            bench.shape, rows, prompts=rows.count, layers=bench.shape.layers, epochs=2, shared=True
+        ),
         "trl": flops.ppo_trl(bench.shape, rows, epochs=2, lora=False),
         "trl_lora": flops.ppo_trl(bench.shape, rows, epochs=2, lora=True),
     }
@@ -105,8 +109,10 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
         "ratio_default": round(time["trl"] / time["default"], 2),
         "ratio_default_lora": round(time["trl_lora"] / time["default"], 2),
         "ratio_separate": round(time["trl"] / time["separate"], 2),
+        "ratio_shared": round(time["trl"] / time["shared"], 2),
         "flops_ratio_default": round(needed["trl"] / needed["default"], 2),
         "flops_ratio_separate": round(needed["trl"] / needed["separate"], 2),
+        "flops_ratio_shared": round(needed["trl"] / needed["shared"], 2),
         "memory_ratio": round(sides["default"]["peak_gb"] / sides["trl"]["peak_gb"], 3),
     }
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rlhf_core.errors import ConfigError, MissingArtifact
 
 Schedule = Literal["constant", "linear", "cosine"]
+ValueNetwork = Literal["own", "shared"]
 MOST_COPIES = 10  # of a ranking an epoch; more would rather be another number of epochs
 
 
@@ -167,6 +168,13 @@ class PPO(Training):
     epochs: int = Field(ge=1, description="Passes over the rollouts of an update; Ouyang et al. 2022 use 4.")
     minibatch_size: int = Field(ge=1, description="Rollouts an optimiser step.")
     value_learning_rate: float = Field(gt=0, description="Peak learning rate of the value model.")
+    value_network: ValueNetwork = Field(
+        description="The value model has a body of its own, begun as the reward model's; or is a head on the policy's, "
+        "so that one pass serves both and the value's loss moves the policy's body too, as in TRL."
+    )
+    value_coef: float = Field(
+        gt=0, description="shared: weight of the value's loss beside the policy's; 0.1 as in Huang et al. 2024."
+    )
     warmup_updates: int = Field(ge=0, description="Updates in which the rates rise; the first is never 0.")
     value_warmup_updates: int = Field(ge=0, description="First updates in which only the value model learns.")
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Keep kl_coef, or steer it to kl_target.")

@@ -156,6 +156,7 @@ class Roles(nn.Module):
         self.training_section = training
         self.peft: PeftModel | None = None
         self.full = nn.ModuleDict()  # role -> a whole model of its own
+        self.bodies: dict[str, str] = {}  # role that is a head alone -> the role whose hidden states it reads
         self.heads = nn.ModuleDict()  # role -> scalar head
         self.axis_heads = nn.ModuleDict()  # role -> a further output for each of its axes, where it has some
         self.normalisers: dict[str, Normaliser] = {}
@@ -174,6 +175,7 @@ class Roles(nn.Module):
         head: bool = False,
         start: str | Path | None = None,
         axes: Sequence[str] | None = None,
+        on: str | None = None,
     ) -> None:
         """Add a role: fresh, or as saved in folder `start` (whose method then decides).
 
@@ -181,13 +183,17 @@ class Roles(nn.Module):
 
         Args:
             axes: names of further outputs beside the scalar head's; None for those that are saved, none if fresh.
+            on: the role whose hidden states the head reads; this one is then a head alone, whatever else `start` holds.
         """
         start = Path(start) if start is not None else None
         if start is not None:
             if not start.is_dir():
                 raise MissingArtifact(_missing(start))
             method = "lora" if (start / "adapter_config.json").is_file() else "full"
-        if method == "full":
+        if on is not None:
+            assert head, f"{role} would have nothing of its own"
+            self.bodies[role] = on
+        elif method == "full":
             source = load_policy(start) if start is not None else copy.deepcopy(self._bare())
             self.full[role] = source.requires_grad_(True).to(self.device)
         else:
@@ -226,6 +232,8 @@ class Roles(nn.Module):
             parameters = list(
                 _body(self.full[role]).parameters() if role in self.heads else self.full[role].parameters()
             )
+        elif role in self.bodies:
+            parameters = []  # but for the heads below
         else:
             assert self.peft is not None
             parameters = [value for name, value in self.peft.named_parameters() if f".{role}." in name]
@@ -241,14 +249,17 @@ class Roles(nn.Module):
             parameter.requires_grad_(False)
 
     def save(self, role: str, folder: str | Path) -> None:
-        """Write the role: a standard PEFT folder that names `self.folder` as its base, or a Hugging Face folder."""
+        """Write the role: a standard PEFT folder that names `self.folder` as its base, or a Hugging Face folder.
+
+        Of a role that is a head alone, the head.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if role in self.full:
             whole: Any = self.full[role]
             whole.save_pretrained(folder)
             load_tokenizer(self.folder).save_pretrained(folder)
-        else:
+        elif role not in self.bodies:
             assert self.peft is not None
             state = get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=False)
             save_file({key: state[key].contiguous() for key in sorted(state)}, folder / "adapter_model.safetensors")
@@ -322,19 +333,28 @@ class Roles(nn.Module):
         return found if trunk.fold is None else trunk.fold.unfold(found)
 
     def logprobs(
-        self, trunk: Trunk, role: str, ids_BT: Tensor, mask_BT: Tensor, *, temperature: float, entropy: bool = False
+        self,
+        trunk: Trunk,
+        role: str,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        temperature: float,
+        entropy: bool = False,
+        hidden_BSD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Float32 log-probabilities of the responses' tokens, and the entropies where asked.
 
         Args:
             ids_BT, mask_BT: (B, T) the responses of the batch that made the trunk, and where they have tokens.
+            hidden_BSD: what `hidden` gives for them, where it is known, here and in `values`.
 
         Returns:
             (B, T) log-probs in nats, (B, T) entropies in nats or None; 0 where the mask is False.
         """
         ids_BT, mask_BT = ids_BT.to(self.device), mask_BT.to(self.device)
         # Both masks name the same tokens row by row, so their True entries pair up in order.
-        hidden_ND, ids_N = self.hidden(trunk, role)[trunk.predicts_BS], ids_BT[mask_BT]
+        hidden_ND, ids_N = self._predicting(trunk, role, hidden_BSD), ids_BT[mask_BT]
         head = self._model_of(role).get_output_embeddings()
         found, spread = [], []
         # Logits only where they are needed and some tokens at a time: (B, S, V) is never held.
@@ -346,14 +366,16 @@ class Roles(nn.Module):
         logprobs_BT = _spread(torch.cat(found), mask_BT)
         return logprobs_BT, _spread(torch.cat(spread), mask_BT) if entropy else None
 
-    def values(self, trunk: Trunk, role: str, mask_BT: Tensor) -> Tensor:
+    def values(self, trunk: Trunk, role: str, mask_BT: Tensor, *, hidden_BSD: Tensor | None = None) -> Tensor:
         """(B, T) raw outputs of the role's scalar head before each response token is emitted; 0 under a False mask."""
-        hidden_ND = self.hidden(trunk, role)[trunk.predicts_BS]
+        hidden_ND = self._predicting(trunk, role, hidden_BSD)
         return _spread(self.heads[role](hidden_ND).squeeze(-1).float(), mask_BT.to(self.device))
 
-    def values_by_head(self, trunk: Trunk, role: str, mask_BT: Tensor) -> tuple[Tensor, ...]:
+    def values_by_head(
+        self, trunk: Trunk, role: str, mask_BT: Tensor, *, hidden_BSD: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """1 + A times (B, T): as `values`, of the scalar head and of each of A axes."""
-        hidden_ND, mask_BT = self.hidden(trunk, role)[trunk.predicts_BS], mask_BT.to(self.device)
+        hidden_ND, mask_BT = self._predicting(trunk, role, hidden_BSD), mask_BT.to(self.device)
         found = [heads[role](hidden_ND) for heads in (self.heads, self.axis_heads) if role in heads]
         return tuple(_spread(values_N, mask_BT) for values_N in torch.cat(found, 1).float().unbind(1))
 
@@ -431,6 +453,10 @@ class Roles(nn.Module):
         return self._folds
 
     # ---- inside
+
+    def _predicting(self, trunk: Trunk, role: str, hidden_BSD: Tensor | None) -> Tensor:
+        """(N, D) last hidden states where the next token is one of a response."""
+        return (self.hidden(trunk, role) if hidden_BSD is None else hidden_BSD)[trunk.predicts_BS]
 
     def _add_heads(self, role: str, start: Path | None, axes: Sequence[str] | None) -> None:
         self.heads[role] = self._new_head(1)
@@ -510,6 +536,7 @@ class Roles(nn.Module):
         return depth if same else 0
 
     def _model_of(self, role: str) -> Any:
+        role = self.bodies.get(role, role)
         return self.full[role] if role in self.full else self.model  # noqa: SIM401  (a ModuleDict has no get)
 
     def _bare(self) -> Any:
@@ -518,6 +545,7 @@ class Roles(nn.Module):
 
     def _activate(self, role: str) -> Any:
         """The whole model that plays the role, its adapter switched on and every other one off."""
+        role = self.bodies.get(role, role)
         if role in self.full or self.peft is None:
             return self._model_of(role)
         on = role != REFERENCE

@@ -8,6 +8,7 @@ SFT policy. The loop below is the whole algorithm; read it from top to bottom.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core import processes
 from rlhf_core.alarm import LOWERED, find_alarms
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
-from rlhf_core.config import PPO
+from rlhf_core.config import PPO, ValueNetwork
 from rlhf_core.ensemble import load_ensemble, member_scores, members_of
 from rlhf_core.errors import ConfigError
 from rlhf_core.functional import (
@@ -56,7 +57,15 @@ class Measured(NamedTuple):
     scores_B: Tensor
 
 
-def add_roles(roles: Roles, reward_folder: str, *, method: str, start: str = "", cost_axis: str = "") -> None:
+def add_roles(
+    roles: Roles,
+    reward_folder: str,
+    *,
+    method: str,
+    start: str = "",
+    cost_axis: str = "",
+    value_network: ValueNetwork = "own",
+) -> None:
     """Give the SFT model PPO's roles: a fresh policy, a frozen reward model, and a value model begun from that.
 
     Of a reward model with several members, the value model begins from the first.
@@ -64,14 +73,18 @@ def add_roles(roles: Roles, reward_folder: str, *, method: str, start: str = "",
     Args:
         start: a folder with policy/ and value/ of an earlier run, to continue from those.
         cost_axis: the axis of the reward model whose cost is limited; the value model then has a head for that too.
+        value_network: shared leaves the value model no more than its head, on the policy.
 
     Raises:
-        ConfigError: the reward model has no such axis.
+        ConfigError: the reward model has no such axis, or the earlier run had the other value_network.
     """
     roles.add(POLICY, method=method, start=f"{start}/policy" if start else None)
     load_ensemble(roles, REWARD, reward_folder)
     begun = f"{start}/value" if start else reward_folder
-    roles.add(VALUE, head=True, start=begun, axes=None if start and cost_axis else ())
+    if start:
+        _require_network(Path(begun), value_network)
+    on = POLICY if value_network == "shared" else None
+    roles.add(VALUE, head=True, start=begun, axes=None if start and cost_axis else (), on=on)
     if cost_axis and COST not in roles.axes[VALUE]:
         _add_cost_head(roles, cost_axis)
     if start:
@@ -83,6 +96,17 @@ def add_roles(roles: Roles, reward_folder: str, *, method: str, start: str = "",
         head.weight.div_(std)
         head.bias.sub_(mean).div_(std)
     roles.normalisers[VALUE] = Normaliser()
+
+
+def _require_network(folder: Path, wanted: ValueNetwork) -> None:
+    """Refuse a value model that another body's hidden states have taught."""
+    body = any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+    found = "own" if body else "shared"
+    if folder.is_dir() and found != wanted:
+        raise ConfigError(
+            f"ppo.start holds a run with value_network {found}, expected {wanted}: {folder.as_posix()} is "
+            f"{'a model of its own' if body else 'a head alone'}. Set ppo.value_network to {found}."
+        )
 
 
 @torch.no_grad()
@@ -130,6 +154,7 @@ def train_ppo(
     """
     if config.spread_coef > 0 and (score is not None or len(members_of(roles, REWARD)) < 2):
         raise ConfigError(f"spread_coef {config.spread_coef:g} needs a reward model of two members or more; found one.")
+    assert (VALUE in roles.bodies) == (config.value_network == "shared"), "the roles have the other value_network"
     if config.rollouts < processes.count():
         raise ConfigError(f"rollouts {config.rollouts} leave nothing to do for some of {processes.count()} processes.")
     if score is None:
@@ -321,14 +346,19 @@ def measure_rollouts(
     for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
         part, length = trunk.rows(rows), int(own_mask_BT[rows].sum(1).max())
         answer = (own_ids_BT[rows, :length], own_mask_BT[rows, :length])
-        found, spread = roles.logprobs(part, POLICY, *answer, temperature=config.temperature, entropy=True)
+        both_BSD = roles.hidden(part, POLICY) if config.value_network == "shared" else None
+        found, spread = roles.logprobs(
+            part, POLICY, *answer, temperature=config.temperature, entropy=True, hidden_BSD=both_BSD
+        )
         assert spread is not None
         logprobs_BT[rows, :length], entropy_BT[rows, :length] = found, spread
         ref_logprobs_BT[rows, :length], _ = roles.logprobs(part, REFERENCE, *answer, temperature=config.temperature)
         if limited:
-            values_BT[rows, :length], cost_values_BT[rows, :length] = roles.values_by_head(part, VALUE, answer[1])
+            values_BT[rows, :length], cost_values_BT[rows, :length] = roles.values_by_head(
+                part, VALUE, answer[1], hidden_BSD=both_BSD
+            )
         else:
-            values_BT[rows, :length] = roles.values(part, VALUE, answer[1])
+            values_BT[rows, :length] = roles.values(part, VALUE, answer[1], hidden_BSD=both_BSD)
         if score is None:
             outputs_BMH[rows] = member_scores(roles, part, REWARD)
     # From here on every process has all rows, and computes the same.
@@ -424,6 +454,12 @@ def losses(
     """
     share = int(part.mask_BT.sum()) / token_count
     found: dict[str, float] = {}
+    both_BSD = None
+    if config.value_network == "shared":
+        # One pass forward and back for both, the value's gradient into the policy too; not while the policy waits.
+        with torch.set_grad_enabled(learn_policy):
+            both_BSD = roles.hidden(part.trunk, POLICY)
+    of_policy: Tensor | float = 0.0
     if learn_policy:
         logprobs_BT, entropy_BT = roles.logprobs(
             part.trunk,
@@ -432,6 +468,7 @@ def losses(
             part.mask_BT,
             temperature=config.temperature,
             entropy=config.entropy_coef > 0,
+            hidden_BSD=both_BSD,
         )
         policy = policy_loss(
             logprobs_BT,
@@ -452,7 +489,10 @@ def losses(
         require_finite({"A log-probability": logprobs_BT}, where="ppo's policy", batch=part.tensors)
         # A loss may be large where the policy has moved too far; early_stop_kl is for that.
         require_finite({"The loss": loss}, where="ppo's policy", batch=part.tensors, limit=math.inf)
-        loss.backward()
+        if both_BSD is None:
+            loss.backward()
+        else:
+            of_policy = loss
         found |= {
             "ppo/policy_loss": policy.loss.item(),
             "ppo/clip_fraction": policy.clip_fraction.item() * share,
@@ -460,9 +500,9 @@ def losses(
             "ppo/ratio": policy.ratio_mean.item() * share,
         }
     if part.cost_returns_BT is None:
-        values_BT = roles.values(part.trunk, VALUE, part.mask_BT)
+        values_BT = roles.values(part.trunk, VALUE, part.mask_BT, hidden_BSD=both_BSD)
     else:
-        values_BT, cost_values_BT = roles.values_by_head(part.trunk, VALUE, part.mask_BT)
+        values_BT, cost_values_BT = roles.values_by_head(part.trunk, VALUE, part.mask_BT, hidden_BSD=both_BSD)
     value = value_loss(
         values_BT,
         part.old_values_BT,
@@ -488,6 +528,8 @@ def losses(
         )
         whole = whole + cost_value.loss
         found["ppo/cost_value_loss"] = cost_value.loss.item()
+    if both_BSD is not None:
+        whole = of_policy + config.value_coef * whole
     whole.backward()
     return found | {
         "ppo/value_loss": value.loss.item(),

@@ -97,6 +97,8 @@ PPO_SECTION = PPO.model_validate(
         "dual_clip": 0.0,
         "entropy_coef": 0.0,
         "value_clip_range": 0.2,
+        "value_network": "own",
+        "value_coef": 0.1,
         "gamma": 1.0,
         "lam": 0.95,
         "whiten_advantages": True,

@@ -54,6 +54,7 @@ SFT_SETTINGS = {
 }
 PPO_SETTINGS = {
     **SHARED, "temperature": 1.0, "epochs": 4, "value_learning_rate": 1e-3, "schedule": "linear",
+    "value_network": "own", "value_coef": 0.1,
     "warmup_updates": 0, "value_warmup_updates": 2, "early_stop_kl": 0.1, "clip_range": 0.2, "value_clip_range": 0.2,
     "kl_controller": "fixed", "kl_target": 6.0, "kl_horizon": 2000, "kl_penalty": "reward", "kl_estimator": "k1",
     "dual_clip": 0.0, "entropy_coef": 0.0, "gamma": 1.0, "lam": 0.95, "whiten_advantages": True,
@@ -242,7 +243,7 @@ def climb(task: Task, seed: int, start: Path, tracker: Tracker = QUIET, **change
     torch.manual_seed(seed)
     roles = Roles(start, section)
     roles.add(POLICY, method="full")
-    roles.add(VALUE, method="full", head=True)
+    roles.add(VALUE, method="full", head=True, on=POLICY if section.value_network == "shared" else None)
     before = measure(roles, task, section)
     train_ppo(roles, task.prompts, section, tokenizer=task.tokenizer, tracker=tracker, score=task.score)
     return before, measure(roles, task, section)

@@ -34,7 +34,14 @@ def main() -> None:
         run.log_dataset("prepared", PREPARED, prompts=len(prompts))
         torch.manual_seed(config.seed)
         roles = Roles(SFT_MODEL, config)
-        add_roles(roles, REWARD_FOLDERS["reward"], method=config.method, start=config.start, cost_axis=config.cost_axis)
+        add_roles(
+            roles,
+            REWARD_FOLDERS["reward"],
+            method=config.method,
+            start=config.start,
+            cost_axis=config.cost_axis,
+            value_network=config.value_network,
+        )
         if config.watch_every:  # nothing is learnt from what it says
             load_ensemble(roles, GOLD, REWARD_FOLDERS["gold"])
         score = judge_score(run, roles, records, prompts, tokenizer) if config.reward == "judge" else None

@@ -85,6 +85,8 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "epochs": 1,
             "minibatch_size": 8,
             "value_learning_rate": 1e-2,
+            "value_network": "own",
+            "value_coef": 0.1,
             "warmup_updates": 0,
             "value_warmup_updates": 0,
             "kl_controller": "fixed",

@@ -125,7 +125,13 @@ def main(folder: Path) -> None:
     tracker, options = Tracker(), PPO.model_validate(plan["ppo"])
     roles = Roles(base, options)
     torch.manual_seed(1)
-    add_roles(roles, str(folder / "reward"), method=options.method, cost_axis=options.cost_axis)
+    add_roles(
+        roles,
+        str(folder / "reward"),
+        method=options.method,
+        cost_axis=options.cost_axis,
+        value_network=options.value_network,
+    )
     final, shown = train_ppo(
         roles, prompts, options, tokenizer=tokenizer, tracker=tracker, checkpoints=saved.below("ppo")
     )

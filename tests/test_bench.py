@@ -15,6 +15,8 @@ from benchmarks.measure import Endless, Stopwatch, between
 from benchmarks.page import exponent, page
 from benchmarks.run import peak_of, rates_of, seconds_of
 from rlhf_core.models import Roles, pack
+from rlhf_core.ppo import POLICY, VALUE, add_roles, losses, measure_rollouts
+from rlhf_core.records import Sampled
 from rlhf_core.tiny import make_llama
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -85,8 +87,51 @@ def test_a_prompt_that_comes_twice_is_sampled_from_once(shape: flops.Shape) -> N
 def test_fewer_layers_with_adapters_are_fewer_operations() -> None:
     shape, rows = flops.Shape(30, 576, 1536, 9, 3, 64, 49152, 16), flops.Rows(16, 32, 48)
     top, every = (flops.ppo_ours(shape, rows, prompts=16, layers=layers, epochs=2) for layers in (12, 30))
+    shared = flops.ppo_ours(shape, rows, prompts=16, layers=30, epochs=2, shared=True)
     lora, full = (flops.ppo_trl(shape, rows, epochs=2, lora=lora) for lora in (True, False))
-    assert top < every < lora < full
+    assert top < shared < every < lora < full
+
+
+class Eager(flops.Rows):
+    """Rows whose attention computes the positions that the mask hides too."""
+
+    @property
+    def seen(self) -> int:
+        return self.count * (self.prompt + self.response) ** 2
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_a_head_on_the_policy_spares_what_torch_counts_less(
+    tmp_path: Path, llama: Any, shape: flops.Shape, tokenizer: PreTrainedTokenizerFast, section: Any, layers: int
+) -> None:
+    llama.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora = {"lora_rank": 4, "lora_layers": layers}
+    judge = Roles(tmp_path / "base", section("reward", **lora))
+    judge.add("reward", head=True)
+    judge.save("reward", tmp_path / "reward")
+    response = LENGTH - 5
+    mask_BT = torch.ones((COUNT, response), dtype=torch.bool)
+    sampled = Sampled([[5] * 5] * COUNT, torch.full((COUNT, response), 7), mask_BT, mask_BT[:, 0])
+    rows, found = Eager(COUNT, 5, response), {}
+    for network in ("own", "shared"):
+        roles, config = Roles(tmp_path / "base", section("ppo", **lora)), section("ppo", value_network=network)
+        roles.model.set_attn_implementation("eager")
+        add_roles(roles, str(tmp_path / "reward"), method="lora", value_network=network)
+        roles.trainable(POLICY)
+        roles.trainable(VALUE)
+        assert roles.depth == 3 - layers
+
+        def update(roles: Roles = roles, config: Any = config) -> None:
+            part = measure_rollouts(roles, sampled, config, kl_coef=0.0).rollouts
+            losses(roles, part, config, rows.answered, kl_coef=0.0)
+
+        counts = flops.ppo_ours(shape, rows, prompts=COUNT, layers=layers, epochs=1, shared=network == "shared")
+        found[network] = (counted(update), counts)
+    less, expected = (own - shared for own, shared in zip(found["own"], found["shared"], strict=True))
+    # As above: queries, keys and values of the lowest layer with adapters pass no gradient on.
+    spared = sum(2 * out * inside + 2 * 4 * inside for out, inside in shape.matrices[:3]) * COUNT * LENGTH
+    assert less == expected - spared > 0
 
 
 def test_joined_matrices_are_the_same_matrices(shape: flops.Shape) -> None:
@@ -116,8 +161,9 @@ def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
     assert exponent(points, "rows", "seconds") == pytest.approx(2, rel=1e-9)
 
 
+@pytest.mark.parametrize("network", ["own", "shared"])
 def test_our_update_is_timed_with_every_response_at_full_length(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, network: Any
 ) -> None:
     make_llama(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -125,11 +171,15 @@ def test_our_update_is_timed_with_every_response_at_full_length(
         measure, "prompts_of", lambda model, count, length: [[5 + row] * length for row in range(count)]
     )
     monkeypatch.chdir(PROJECT)
-    found = measure.ppo_ours(model=str(tmp_path), layers=1, rollouts=4, prompt=3, response=5, epochs=1, updates=1)
+    found = measure.ppo_ours(
+        model=str(tmp_path), layers=1, rollouts=4, prompt=3, response=5, epochs=1, updates=1, value_network=network
+    )
     assert found["tokens"] == [4 * (3 + 5)]
     assert len(found["seconds"]) == 1
     assert found["loaded_bytes"] > 0
-    assert found["trained"] > 0
+    # Adapters in the one layer, for each role with a body; a head.
+    adapters = 16 * sum(map(sum, flops.Shape.of(make_llama(tokenizer).config).matrices))
+    assert found["trained"] == adapters * (2 if network == "own" else 1) + make_llama(tokenizer).config.hidden_size + 1
 
 
 def test_an_endless_tokenizer_has_no_end_of_turn() -> None:

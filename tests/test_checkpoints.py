@@ -219,18 +219,24 @@ def run_loop(
         )  # fmt: skip
         torch.manual_seed(4)
         roles = Roles(llama, config)
-        add_roles(roles, str(tmp_path / "reward"), method="lora", cost_axis=config.cost_axis)
+        add_roles(
+            roles, str(tmp_path / "reward"), method="lora", cost_axis=config.cost_axis,
+            value_network=config.value_network,
+        )  # fmt: skip
         final, shown = train_ppo(roles, PROMPTS, config, tokenizer=tokenizer, tracker=tracker, checkpoints=checkpoints)
         return (final, shown), roles.trainable(POLICY) + roles.trainable(VALUE)
 
     def constrained(checkpoints: Checkpoints, tracker: Stopping) -> Any:
         return ppo(checkpoints, tracker, objective="constrained", cost_axis="kind", cost_limit=-0.5, cost_memory=2)
 
-    loops = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "constrained": constrained}
+    def head(checkpoints: Checkpoints, tracker: Stopping) -> Any:
+        return ppo(checkpoints, tracker, value_network="shared")
+
+    loops = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "constrained": constrained, "head": head}
     return lambda name, *arguments: loops[name](*arguments)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "constrained"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "constrained", "head"])
 def test_a_loop_that_was_stopped_again_and_again_ends_to_the_bit_as_one_that_was_not(
     run_loop: Callable[..., Any], tmp_path: Path, stage: str
 ) -> None:

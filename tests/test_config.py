@@ -149,6 +149,8 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("ppo", "epochs", 0),
         ("ppo", "minibatch_size", 0),
         ("ppo", "value_learning_rate", 0),
+        ("ppo", "value_network", "none"),
+        ("ppo", "value_coef", 0),
         ("ppo", "warmup_updates", -1),
         ("ppo", "value_warmup_updates", -1),
         ("ppo", "kl_controller", "none"),

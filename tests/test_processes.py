@@ -83,9 +83,10 @@ def plan_of(llama: Path, section: Callable[..., Any], method: str, size: int, **
 
 
 LIMITED = {"objective": "constrained", "cost_axis": "kind", "cost_limit": -0.5}
+SHARED = {"value_network": "shared", "value_warmup_updates": 1, "updates": 3}
 
 
-@pytest.mark.parametrize(("method", "of_ppo"), [("lora", {}), ("full", {}), ("lora", LIMITED)])
+@pytest.mark.parametrize(("method", "of_ppo"), [("lora", {}), ("full", {}), ("lora", LIMITED), ("lora", SHARED)])
 def test_accumulation_and_processes_change_nothing(
     llama: Path, section: Callable[..., Any], tmp_path: Path, method: str, of_ppo: dict[str, Any]
 ) -> None:
