@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import kendalltau
-from sklearn.linear_model import LogisticRegression
 
 Array = NDArray[np.float64]
+FITTED_ENTRIES = 1 << 20  # (resamples, comparisons) that are fitted at once: 8 MB an array
+NEWTON_STEPS = 100  # some six are needed, up to thirty where data are separable and the ridge is next to nothing
 
 
 class Interval(NamedTuple):
@@ -116,9 +117,12 @@ def length_controlled_win_rate(
         wins: (N,) in [0, 1] as `win_rate`.
         length_differences: (N,) length of the judged answer minus its opponent's, any unit.
         prompts: (N,) prompt of each comparison, the clusters of the interval.
-        samples: refits for the interval, about 1 ms each; 0 gives an interval of no width.
+        samples: refits for the interval, all at once; 0 gives an interval of no width.
         seed, level: as `cluster_bootstrap`.
-        ridge: weight of the penalty, in comparisons.
+        ridge: weight of the penalty, in comparisons; above 0.
+
+    Raises:
+        ValueError: a win lies outside [0, 1], lengths differ, or ridge is not above 0.
     """
     won = _checked_wins(wins, len(prompts))
     difference = _vector(length_differences, "length_differences")
@@ -126,17 +130,18 @@ def length_controlled_win_rate(
     scale = float(difference.std())
     feature = np.tanh(difference / scale) if scale > 0 else np.zeros_like(difference)
 
-    rate = _rate_at_zero(won, feature, np.ones_like(won), ridge)
+    if not ridge > 0:
+        raise ValueError(f"ridge is {ridge}; expected a number above 0, without which separable data have no fit")
+    rate = float(_rates_at_zero(won, feature, np.ones((1, len(won))), ridge)[0])
     if samples == 0:
         return Interval(rate, rate, rate)
     _check_bootstrap(samples, level)
     _, cluster = np.unique([_index_of(prompts)[prompt] for prompt in prompts], return_inverse=True)
     clusters = int(cluster.max()) + 1
-    rng = np.random.default_rng(seed)
-    rates = np.empty(samples)
-    for sample in range(samples):
-        times_drawn = np.bincount(rng.integers(clusters, size=clusters), minlength=clusters)
-        rates[sample] = _rate_at_zero(won, feature, times_drawn[cluster].astype(np.float64), ridge)
+    drawn_RP = np.random.default_rng(seed).integers(clusters, size=(samples, clusters))
+    times_RP = np.stack([np.bincount(drawn_P, minlength=clusters) for drawn_P in drawn_RP]).astype(np.float64)
+    blocks = np.array_split(times_RP, min(-(-samples * len(won) // FITTED_ENTRIES), samples))
+    rates = np.concatenate([_rates_at_zero(won, feature, block_RP[:, cluster], ridge) for block_RP in blocks])
     low, high = _percentiles(rates, level)
     return Interval(rate, low, high)
 
@@ -326,18 +331,46 @@ def kendall_tau(ranks_a: ArrayLike, ranks_b: ArrayLike) -> float:
     return float(kendalltau(a, b, variant="b").statistic)
 
 
-def _rate_at_zero(won: Array, feature: Array, weight: Array, ridge: float) -> float:
-    """σ(β̂₀) of the ridge logistic regression on [1, feature]."""
-    design = np.stack([np.ones_like(feature), feature], axis=1)
-    # Each comparison stands twice, as a win of weight `won` and a loss of weight 1 − `won`: ties need no special case,
-    # and both classes are always there.
-    model = LogisticRegression(C=1 / ridge, fit_intercept=False, solver="newton-cholesky", tol=1e-10)
-    model.fit(
-        np.concatenate([design, design]),
-        np.repeat([1, 0], len(won)),
-        sample_weight=np.concatenate([weight * won, weight * (1 - won)]),
-    )
-    return float(_sigmoid(model.coef_[0, 0]))
+def _rates_at_zero(won: Array, feature: Array, weights_RN: Array, ridge: float) -> Array:
+    """(R,) σ(β̂₀) of R logistic regressions on [1, feature] with a ridge, one for each row of weights.
+
+        g = Xᵀ w(σ(Xβ) − y) + ridge·β        H = Xᵀ w σ′(Xβ) X + ridge·I        β ← β − H⁻¹g
+
+    Newton's step can raise the loss where data are separable. It is then shortened to ln(1 + d) / d of itself, which
+    lowers the loss wherever it is; d = max |X H⁻¹g| over the rows that weigh something.
+    Sun & Tran-Dinh 2019, https://arxiv.org/abs/1703.04599
+    """
+
+    def loss(zero_R: Array, one_R: Array) -> Array:
+        logits_RN = zero_R[:, None] + one_R[:, None] * feature
+        likelihood_RN = won * logits_RN - np.logaddexp(0, logits_RN)
+        return 0.5 * ridge * (zero_R**2 + one_R**2) - (weights_RN * likelihood_RN).sum(1)
+
+    zero_R, one_R = np.zeros((2, len(weights_RN)))
+    for _ in range(NEWTON_STEPS):
+        odds_RN = _sigmoid(zero_R[:, None] + one_R[:, None] * feature)
+        error_RN, curve_RN = weights_RN * (odds_RN - won), weights_RN * odds_RN * (1 - odds_RN)
+        # Around the mean x̄ by these weights H is diagonal and a sum of positive terms: nothing cancels.
+        total_R = curve_RN.sum(1) + ridge
+        mean_R = curve_RN @ feature / total_R
+        offset_RN = feature - mean_R[:, None]
+        spread_R = (curve_RN * offset_RN**2).sum(1) + ridge * (1 + mean_R**2)
+        slope_R = error_RN.sum(1) + ridge * zero_R
+        tilt_R = (error_RN * offset_RN).sum(1) + ridge * (one_R - mean_R * zero_R)
+        step_one_R = tilt_R / spread_R
+        step_zero_R = slope_R / total_R - mean_R * step_one_R
+        before_R = loss(zero_R, one_R)
+        too_far_R = loss(zero_R - step_zero_R, one_R - step_one_R) > before_R * (1 + 1e-12)  # but for rounding
+        moves_RN = (step_zero_R[:, None] + step_one_R[:, None] * feature) * (weights_RN > 0)
+        reach_R = np.maximum(np.abs(moves_RN).max(1), 1e-300)
+        share_R = np.where(too_far_R, np.log1p(reach_R) / reach_R, 1.0)
+        zero_R, one_R = zero_R - share_R * step_zero_R, one_R - share_R * step_one_R
+        left = float((slope_R**2 / total_R + tilt_R**2 / spread_R).max())  # gᵀH⁻¹g, twice what the loss can still fall
+        if left < 1e-16:
+            break
+    else:
+        raise AssertionError(f"{NEWTON_STEPS} of Newton's steps were not enough: {left:g} is left")
+    return _sigmoid(zero_R)
 
 
 def _sigmoid(x: ArrayLike) -> Array:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from rlhf_core import statistics
 from rlhf_core.statistics import (
     Interval,
     LengthBin,
     ReliabilityBin,
+    _rates_at_zero,
     accuracy_by_length_difference,
     cluster_bootstrap,
     confidence_and_correctness,
@@ -230,6 +232,55 @@ def test_controlled_interval_is_that_of_refits_on_resampled_rows() -> None:
         rates.append(_refit(wins[rows], np.tanh(differences[rows] / scale)))
     found = length_controlled_win_rate(wins, differences, prompts, samples=20, seed=3, level=0.5)
     np.testing.assert_allclose(found[1:], np.quantile(rates, [0.25, 0.75]), atol=1e-5)  # the refit's own tolerance
+
+
+def _fitted(wins: np.ndarray, feature: np.ndarray, weights: np.ndarray, ridge: float) -> float:
+    """The same by scikit-learn, which MLflow brings: each comparison once as a win and once as a loss."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rows = np.stack([np.ones_like(feature), feature], axis=1)
+    model = linear_model.LogisticRegression(C=1 / ridge, fit_intercept=False, solver="newton-cholesky", tol=1e-12)
+    parts = np.concatenate([weights * wins, weights * (1 - wins)])
+    model.fit(np.concatenate([rows, rows]), np.repeat([1, 0], len(wins)), sample_weight=parts)
+    return float(sigmoid(model.coef_[0, 0]))
+
+
+def test_all_refits_at_once_are_those_of_another_library() -> None:
+    rng = np.random.default_rng(5)
+    cases = {
+        "mixed": (rng.choice([0, 0.5, 1], 60), rng.normal(5, 9, 60)),
+        "separable": ((np.arange(60) > 20).astype(float), np.arange(60) - 20.5),
+        "all won": (np.ones(60), rng.normal(0, 4, 60)),
+        "all but one lost": (np.eye(60)[7], rng.normal(0, 4, 60)),
+        "one length": (rng.choice([0, 1.0], 60), np.zeros(60)),
+    }
+    times = rng.multinomial(20, np.full(20, 1 / 20), size=8)[:, np.arange(60) // 3].astype(float)
+    for name, (wins, differences) in cases.items():
+        feature = np.tanh(differences / max(differences.std(), 1e-9))
+        for ridge in (1e-4, 1e-2, 3.0):
+            found = _rates_at_zero(wins, feature, times, ridge)
+            expected = [_fitted(wins, feature, row, ridge) for row in times]
+            np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=f"{name}, ridge {ridge}")
+
+
+def test_a_step_that_would_run_away_is_shortened() -> None:
+    # Two heavy losses and a light tie beyond them: from here Newton's plain steps never end.
+    wins, feature, times = np.array([0, 0, 0.5]), np.array([-0.637, 0.637, 0.99999]), np.array([[60.0, 60, 1]])
+    assert 0 <= _rates_at_zero(wins, feature, times, 1e-9)[0] < 1e-9
+
+
+def test_a_controlled_interval_in_blocks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    wins, differences, prompts = rng.choice([0, 0.5, 1], 30), rng.normal(5, 9, 30), (np.arange(30) // 2).tolist()
+    whole = length_controlled_win_rate(wins, differences, prompts, samples=50, seed=1)
+    monkeypatch.setattr(statistics, "FITTED_ENTRIES", 100)  # three resamples at a time
+    np.testing.assert_allclose(length_controlled_win_rate(wins, differences, prompts, samples=50, seed=1), whole)
+    monkeypatch.setattr(statistics, "FITTED_ENTRIES", 1)  # less than one
+    np.testing.assert_allclose(length_controlled_win_rate(wins, differences, prompts, samples=50, seed=1), whole)
+
+
+def test_without_a_ridge_there_is_no_controlled_rate() -> None:
+    with pytest.raises(ValueError, match="ridge is 0; expected a number above 0"):
+        controlled(np.ones(3), np.arange(3.0), ridge=0)
 
 
 def _refit(wins: np.ndarray, feature: np.ndarray) -> float:

@@ -134,7 +134,7 @@ def comparisons(session: Session) -> list[Comparison]:
 
 
 def _rate(who: str, judged: Sequence[Judgement], pair: tuple[str, str]) -> Rate:
-    from rlhf_core.agreement import mean_interval  # it brings scikit-learn, which takes a second or two
+    from rlhf_core.agreement import mean_interval  # it brings scipy, which takes a second
 
     outcomes = [_outcome(judgement, pair[0]) for judgement in judged]
     # Several people on one prompt, or several answers to it, are not independent: the interval counts prompts.
