@@ -112,6 +112,10 @@ class Reward(Supervised):
         "difference of mean scores (Touvron et al. 2023). Reward units a unit of the data; 0 with plackett_luce.",
     )
     center_coef: float = Field(ge=0, description="Pulls the mean score to 0: coef · (chosen + rejected)² a pair.")
+    length: Literal["ignore", "regress"] = Field(
+        description="Learn scores as they come, or beside them what a token of length is worth in the rankings, of "
+        "which no score then has a part (docs/decisions/0022). Holds for axes, members and the gold model too."
+    )
     norm_samples: int = Field(ge=2, description="SFT responses on which the score's mean and std are measured.")
     axes: tuple[str, ...] = Field(
         description="Axes of the rankings' `scores`, such as helpfulness, that get a head each beside the one that "

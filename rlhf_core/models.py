@@ -91,6 +91,8 @@ class Normaliser(NamedTuple):
     mean: float = 0.0
     std: float = 1.0
     temperature: float = 1.0
+    # What a token more was worth in the rankings, raw score; no part of a score. None where it was not regressed out.
+    length_coef: float | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Scores of raw outputs: standard deviations above the mean of what SFT answers."""
@@ -271,10 +273,10 @@ class Roles(nn.Module):
             _write_json(folder / "adapter_config.json", settings)
         if role in self.heads:
             save_file(self.heads[role].state_dict(), folder / "score_head.safetensors")
-            statistics: dict[str, Any] = self.normalisers[role]._asdict()
+            statistics: dict[str, Any] = _known(self.normalisers[role])
             if role in self.axis_heads:
                 save_file(self.axis_heads[role].state_dict(), folder / "axis_heads.safetensors")
-                statistics["axes"] = [{"name": name, **of._asdict()} for name, of in self.axes[role].items()]
+                statistics["axes"] = [{"name": name, **_known(of)} for name, of in self.axes[role].items()]
             _write_json(folder / "score.json", statistics)
 
     # ---- forward
@@ -647,6 +649,10 @@ def _missing(folder: Path) -> str:
     stage = next((name for name in ("base", "sft", "reward", "ppo", "dpo") if name in folder.parts), None)
     command = "prepare" if stage in (None, "base") else stage
     return f"{folder.as_posix()} holds no model. Run `dvc repro {command}`."
+
+
+def _known(normaliser: Normaliser) -> dict[str, float]:
+    return {name: value for name, value in normaliser._asdict().items() if value is not None}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

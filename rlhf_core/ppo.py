@@ -90,7 +90,7 @@ def add_roles(
     if start:
         return
     # The value model predicts normalised scores: fold the normalisation into its head, once.
-    mean, std, _ = roles.normalisers[REWARD]
+    mean, std, *_ = roles.normalisers[REWARD]
     with torch.no_grad():
         head: Any = roles.heads[VALUE]
         head.weight.div_(std)
@@ -115,7 +115,7 @@ def _add_cost_head(roles: Roles, axis: str) -> None:
     if axis not in roles.axes[REWARD]:
         held = ", ".join(roles.axes[REWARD]) or "none"
         raise ConfigError(f"ppo.cost_axis names {axis!r}; expected an axis of the reward model: {held}.")
-    place, (mean, std, _) = list(roles.axes[REWARD]).index(axis), roles.axes[REWARD][axis]
+    place, (mean, std, *_) = list(roles.axes[REWARD]).index(axis), roles.axes[REWARD][axis]
     heads: Any = roles.axis_heads[REWARD]
     row = slice(place, place + 1)
     roles.add_axis(VALUE, COST, -heads.weight[row] / std, (mean - heads.bias[row]) / std)

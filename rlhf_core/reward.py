@@ -23,6 +23,7 @@ from rlhf_core.data import encode_prompt, encode_response
 from rlhf_core.ensemble import EnsembleScore, combine, members_of, normalise
 from rlhf_core.errors import ConfigError
 from rlhf_core.functional import masked_mean, plackett_luce_loss, ranking_loss
+from rlhf_core.length import LengthTerm, length_correlation
 from rlhf_core.models import REFERENCE, Roles, TrunkCache, pad_right
 from rlhf_core.optimisation import adamw, copy_into, epochs_of, rate_factor, require_finite, set_rate, step_clipped
 from rlhf_core.records import Ranking, Sampled
@@ -133,17 +134,52 @@ def axis_ranks(rankings: Sequence[EncodedRanking], axis: str) -> tuple[Tensor, T
     return ranks_BK.double(), mask_BK
 
 
-def axis_loss(outputs_BK: Tensor, rankings: Sequence[EncodedRanking], axis: str, config: Reward) -> Tensor:
+def ranks_loss(
+    scores_BK: Tensor, ranks_BK: Tensor, mask_BK: Tensor, rankings: Sequence[EncodedRanking], config: Reward
+) -> Tensor:
+    """What the scores of some rankings cost by their ranks, before centring; a scalar."""
+    if config.loss == "plackett_luce":
+        return plackett_luce_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
+    margins_BKK = (config.margin_coef * margins_of(rankings)).to(scores_BK)
+    return ranking_loss(
+        scores_BK, mask_BK, ranks_BK=ranks_BK, margins_BKK=margins_BKK, label_smoothing=config.label_smoothing
+    )
+
+
+def axis_loss(
+    outputs_BK: Tensor,
+    rankings: Sequence[EncodedRanking],
+    axis: str,
+    config: Reward,
+    *,
+    added_BK: Tensor | float = 0.0,
+) -> Tensor:
     """What an axis's output learns from: its pairs that are not ties, smoothed and centred as the ranks' are.
 
     Margins are left out, and the pairs are taken with `plackett_luce` too, since scores on an axis are full of ties.
+
+    Args:
+        added_BK: (B, K) what length explains beside the outputs; it is not centred.
 
     Returns:
         A scalar, the mean over the rankings that the axis tells two responses of apart; 0 where there is none.
     """
     ranks_BK, mask_BK = (part.to(outputs_BK.device) for part in axis_ranks(rankings, axis))
-    ranked = ranking_loss(outputs_BK, mask_BK, ranks_BK=ranks_BK, label_smoothing=config.label_smoothing)
+    ranked = ranking_loss(outputs_BK + added_BK, mask_BK, ranks_BK=ranks_BK, label_smoothing=config.label_smoothing)
     return ranked + config.center_coef * centering(outputs_BK, ranks_BK, mask_BK)
+
+
+def length_term(roles: Roles, role: str, rankings: Sequence[EncodedRanking], config: Reward) -> LengthTerm:
+    """Length beside a role's score and each of its axes, as far as these rankings alone say what it is worth."""
+    ranks_BK, mask_BK = _padded_rows([ranking.ranks for ranking in rankings])
+
+    def on_axis(added_BK: Tensor, *, axis: str) -> Tensor:
+        return axis_loss(torch.zeros_like(added_BK), rankings, axis, config, added_BK=added_BK)
+
+    losses = [partial(ranks_loss, ranks_BK=ranks_BK, mask_BK=mask_BK, rankings=rankings, config=config)]
+    losses += [partial(on_axis, axis=axis) for axis in roles.axes[role]]
+    known = [of.length_coef for of in (roles.normalisers[role], *roles.axes[role].values())]
+    return LengthTerm(rankings, losses, known, roles.device)
 
 
 def margins_of(rankings: Sequence[EncodedRanking]) -> Tensor:
@@ -279,7 +315,8 @@ def train_reward(
     """Train a role that has a scalar head, and leave it at the epoch with the best validation loss.
 
     Where it has axes, the mean of their losses is added to that of the ranks, so that the ranks have half a say however
-    many axes there are. The epoch is chosen by the ranks alone.
+    many axes there are. The epoch is chosen by the ranks alone. Where length is regressed out, losses are of the score
+    with what length adds, and accuracies of the score; what length was worth is left in the role's normalisers.
 
     Args:
         prefix: first word of the metrics' names, and what the progress line says.
@@ -302,12 +339,19 @@ def train_reward(
     warmup = round(config.warmup_fraction * steps)
     state = LoopState({"parameters": parameters, "kept": kept}, {"optimiser": optimiser})
     axes = list(roles.axes[role])
+    length = length_term(roles, role, train, config) if config.length == "regress" else None
+    if length is not None:
+        state = LoopState(
+            {**state.tensors, "length": [length.betas_H, length.kept_H]},
+            {**state.optimisers, "length_optimiser": length.optimiser},
+        )
     so_far = checkpoints.restore(state)
     if so_far is None:
         so_far = {"step": 0, "best": float("inf"), "best_epoch": 0, "best_accuracy": 0.0, "tokens": 0}
     for step, batch_of in enumerate(batches[so_far["step"] :], start=so_far["step"] + 1):
         batch = sorted((train[row] for row in batch_of.rows), key=lambda ranking: max(map(len, ranking.ids)))
-        rate = config.learning_rate * rate_factor(step - 1, steps=steps, warmup=warmup, schedule=config.schedule)
+        factor = rate_factor(step - 1, steps=steps, warmup=warmup, schedule=config.schedule)
+        rate = config.learning_rate * factor
         set_rate(optimiser, rate)
         # Each ranking weighs the same, however a batch is cut; one of nothing but ties has no say.
         counted = max(sum(_differ(ranking.ranks) for ranking in batch), 1)
@@ -320,17 +364,8 @@ def train_reward(
             weight = sum(_differ(ranking.ranks) for ranking in part) / counted
             outputs_BKH, ranks_BK, mask_BK = outputs_of_rankings(roles, role, part, pad_id, cache)
             scores_BK = outputs_BKH[..., 0]
-            if config.loss == "pairs":
-                margins_BKK = (config.margin_coef * margins_of(part)).to(scores_BK)
-                ranked = ranking_loss(
-                    scores_BK,
-                    mask_BK,
-                    ranks_BK=ranks_BK,
-                    margins_BKK=margins_BKK,
-                    label_smoothing=config.label_smoothing,
-                )
-            else:
-                ranked = plackett_luce_loss(scores_BK, mask_BK, ranks_BK=ranks_BK)
+            added_BKH = torch.zeros_like(outputs_BKH) if length is None else length.added(part)
+            ranked = ranks_loss(scores_BK + added_BKH[..., 0], ranks_BK, mask_BK, part, config)
             centred = centering(scores_BK, ranks_BK, mask_BK)
             require_finite(
                 {"A score": outputs_BKH, "The loss": ranked}, where=prefix, batch=partial(_padded, part, pad_id)
@@ -338,7 +373,7 @@ def train_reward(
             whole = (ranked + config.center_coef * centred) * weight
             for place, axis in enumerate(axes, start=1):
                 share = _telling(part, axis) / counted_on[axis]
-                found = axis_loss(outputs_BKH[..., place], part, axis, config) * share
+                found = axis_loss(outputs_BKH[..., place], part, axis, config, added_BK=added_BKH[..., place]) * share
                 whole = whole + found / len(axes)
                 on_axes[axis] += found.item()
             whole.backward()
@@ -355,6 +390,9 @@ def train_reward(
             where=prefix,
             batch=partial(_padded, batch, pad_id),
         )
+        if length is not None:
+            length.step(factor, max_grad_norm=config.max_grad_norm, where=prefix, batch=partial(_padded, batch, pad_id))
+        worths = {} if length is None else dict(zip((None, *axes), length.worth(), strict=True))
         batch_tokens = sum(len(ids) for ranking in batch for ids in ranking.ids)
         so_far["tokens"] += batch_tokens
         right_share = summed["hits"] / max(summed["pairs"], 1)
@@ -365,6 +403,8 @@ def train_reward(
                 f"{prefix}/grad_norm": norm,
                 f"{prefix}/learning_rate": rate,
                 **{f"{prefix}/axes/{axis}/loss": value for axis, value in on_axes.items()},
+                **({f"{prefix}/length_coef": worths[None]} if worths else {}),
+                **{f"{prefix}/axes/{axis}/length_coef": worth for axis, worth in worths.items() if axis is not None},
             },
             step=step,
         )
@@ -372,16 +412,25 @@ def train_reward(
         tracker.progress(step, steps, unit="steps", tokens=batch_tokens, note=note)
         if batch_of.ends_epoch:
             judged = judge_rankings(roles, role, validation, pad_id, cache=cache)
-            current, current_accuracy = validation_loss(judged), accuracy(judged)
+            explained = judged.margins + worths.get(None, 0.0) * judged.length_differences
+            current, current_accuracy = validation_loss(judged._replace(margins=explained)), accuracy(judged)
             tracker.metrics(
                 {f"{prefix}/validation_loss": current, f"{prefix}/validation_accuracy": current_accuracy}, step=step
             )
             if current < so_far["best"]:
                 so_far |= {"best": current, "best_epoch": batch_of.epoch, "best_accuracy": current_accuracy}
                 copy_into(kept, parameters)
+                if length is not None:
+                    copy_into([length.kept_H], [length.betas_H])
         so_far["step"] = step
         checkpoints.offer(step, state, so_far)
     copy_into(parameters, kept)
+    if length is not None:
+        copy_into([length.betas_H], [length.kept_H])
+        of_score, *of_axes = length.worth()
+        roles.normalisers[role] = roles.normalisers[role]._replace(length_coef=of_score)
+        for axis, worth in zip(axes, of_axes, strict=True):
+            roles.axes[role][axis] = roles.axes[role][axis]._replace(length_coef=worth)
     return {
         "validation_accuracy": so_far["best_accuracy"],
         "validation_loss": so_far["best"],
@@ -436,6 +485,7 @@ class Quality(NamedTuple):
     calibration: list[ReliabilityBin]
     calibration_scaled: list[ReliabilityBin]
     by_length: list[LengthBin]
+    length_correlation: float
 
 
 def measure(judged: Judged, temperature: float) -> Quality:
@@ -455,7 +505,8 @@ def measure(judged: Judged, temperature: float) -> Quality:
         "longest_wins": longest_wins(judged.length_differences),
     }
     by_length = accuracy_by_length_difference(judged.margins, judged.length_differences, np.ones(len(judged.margins)))
-    return Quality(metrics, reliability_bins(confidence, correct), reliability_bins(scaled, correct), by_length)
+    bins = (reliability_bins(confidence, correct), reliability_bins(scaled, correct))
+    return Quality(metrics, *bins, by_length, length_correlation(judged.margins, judged.length_differences))
 
 
 def temperature_of(judged: Judged) -> float:

@@ -64,6 +64,7 @@ REWARD_SECTION = Reward.model_validate(
         "label_smoothing": 0.0,
         "margin_coef": 0.0,
         "center_coef": 0.01,
+        "length": "ignore",
         "norm_samples": 6,
         "axes": [],
         "members": 1,

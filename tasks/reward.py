@@ -98,13 +98,15 @@ def main() -> None:
         for role, (mean, std) in statistics.items():
             qualities[role], axes = _qualities(*judged[role])
             set_temperatures(roles, role, qualities[role], axes)
-            final[role] = {**_numbers(qualities[role], axes), **final[role], "score_mean": mean, "score_std": std}
+            numbers = _with_length(_numbers(qualities[role], axes), roles, role)
+            final[role] = {**numbers, **final[role], "score_mean": mean, "score_std": std}
         members = members_of(roles, "reward")
         together, test = final["reward"], judged["reward"][1]
         if len(members) > 1:
             of_ensemble = [judge_together(roles, members, [judged[name][i] for name in members]) for i in range(2)]
             qualities["reward"], axes = _qualities(*of_ensemble)
-            together, test = {**together, **_numbers(qualities["reward"], axes)}, of_ensemble[1]
+            numbers = _with_length(_numbers(qualities["reward"], axes), roles, "reward")
+            together, test = {**together, **numbers}, of_ensemble[1]
         if run.main:
             save_ensemble(roles, "reward", FOLDERS["reward"], temperature=together["temperature"])
             if config.start:  # to the byte, or its scores would not be those of before
@@ -148,8 +150,19 @@ def _qualities(validation: Judgements, test: Judgements) -> tuple[Quality, dict[
 
 
 def _numbers(quality: Quality, axes: dict[str, Quality]) -> dict[str, Any]:
-    by_axis = {axis: of_axis.metrics for axis, of_axis in axes.items()}
-    return {**quality.metrics, "axes": by_axis} if by_axis else {**quality.metrics}
+    found = {**quality.metrics, "length_correlation": quality.length_correlation}
+    return {**found, "axes": {axis: _numbers(of_axis, {}) for axis, of_axis in axes.items()}} if axes else found
+
+
+def _with_length(numbers: dict[str, Any], roles: Roles, role: str) -> dict[str, Any]:
+    """The numbers, and what length was worth beside the score and each axis where it was regressed out."""
+    for found, normaliser in [
+        (numbers, roles.normalisers[role]),
+        *((numbers["axes"][axis], of_axis) for axis, of_axis in roles.axes[role].items()),
+    ]:
+        if normaliser.length_coef is not None:
+            found["length_coef"] = normaliser.length_coef
+    return numbers
 
 
 def _calibration(qualities):  # type: ignore[no-untyped-def]

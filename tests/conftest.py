@@ -64,6 +64,7 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "label_smoothing": 0.0,
             "margin_coef": 0.0,
             "center_coef": 0.0,
+            "length": "ignore",
             "norm_samples": 8,
             "axes": [],
             "members": 1,

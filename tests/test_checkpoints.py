@@ -151,7 +151,9 @@ def test_writing_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeyp
 # ---- the loops -------------------------------------------------------------------------------------------------------
 
 RANKINGS = [
-    EncodedRanking([[n, n + 1, 100, n + 2, 2], [n, n + 1, n + 2, 2], [n, n + 1, 2]], (1, 2, 2), [3, 2, 1])
+    EncodedRanking(
+        [[n, n + 1, 100, n + 2, 2], [n, n + 1, n + 2, 2], [n, n + 1, 2]], (1, 2, 2), [3, 2, 1], axes={"kind": [1, 3, 2]}
+    )
     for n in range(10, 38, 4)
 ]
 EXAMPLES = [Example([n, n + 1], [n + 2, n + 3, *[n + 4] * (n % 5), 2]) for n in range(10, 30, 3)]
@@ -183,16 +185,19 @@ def run_loop(
         final = train_sft(roles, EXAMPLES[:5], EXAMPLES[5:], config, pad_id=0, tracker=tracker, checkpoints=checkpoints)
         return final, roles.trainable("policy")
 
-    def reward(checkpoints: Checkpoints, tracker: Stopping) -> Any:
-        config = section("reward", epochs=3, batch_size=2, micro_batch_size=1, schedule="linear")
+    def reward(checkpoints: Checkpoints, tracker: Stopping, **changes: Any) -> Any:
+        config = section("reward", epochs=3, batch_size=2, micro_batch_size=1, schedule="linear", **changes)
         torch.manual_seed(7)
         roles = Roles(llama, config)
-        roles.add("reward", head=True)
+        roles.add("reward", head=True, axes=config.axes)
         final = train_reward(
             roles, "reward", RANKINGS[:5], RANKINGS[5:], config,
             pad_id=0, tracker=tracker, cache=TrunkCache(), checkpoints=checkpoints,
         )  # fmt: skip
-        return final, roles.trainable("reward")
+        return (final, roles.normalisers, roles.axes), roles.trainable("reward")
+
+    def regressed(checkpoints: Checkpoints, tracker: Stopping) -> Any:
+        return reward(checkpoints, tracker, length="regress", axes=["kind"])
 
     def dpo(checkpoints: Checkpoints, tracker: Stopping) -> Any:
         config = section("dpo", epochs=3, batch_size=2, micro_batch_size=1, schedule="linear")
@@ -232,11 +237,12 @@ def run_loop(
     def head(checkpoints: Checkpoints, tracker: Stopping) -> Any:
         return ppo(checkpoints, tracker, value_network="shared")
 
-    loops = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "constrained": constrained, "head": head}
+    loops = {"sft": sft, "reward": reward, "regressed": regressed, "ppo": ppo, "dpo": dpo}
+    loops |= {"constrained": constrained, "head": head}
     return lambda name, *arguments: loops[name](*arguments)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "constrained", "head"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "regressed", "ppo", "dpo", "constrained", "head"])
 def test_a_loop_that_was_stopped_again_and_again_ends_to_the_bit_as_one_that_was_not(
     run_loop: Callable[..., Any], tmp_path: Path, stage: str
 ) -> None:

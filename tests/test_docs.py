@@ -121,6 +121,14 @@ OPTIONAL = (
     {f"ppo/{name}" for name in ("gold_score", "repetition", "alarm", "alarms", "alarm_update", "kept_update")}
     | {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>", "evaluate/cost_limit"}
     | {f"ppo/{name}" for name in ("cost", "mean_cost", "lambda", "cost_value_loss")}
+    | {f"{model}/length_coef" for model in MODELS}
+    # The recorded run may be older than these.
+    | {f"{model}/length_correlation" for model in MODELS}
+    | {
+        f"evaluate/<comparison>/{how}proxy_length_controlled_win_rate{end}"
+        for how in ("", "greedy/")
+        for end in ("", "_low", "_high")
+    }
     | {f"evaluate/<policy>/{cost}{end}" for cost in ("cost", "gold_cost") for end in ("", "_low", "_high")}
     | {f"evaluate/best_of_n/<n>/{name}" for name in ("reward", "gold_reward", "kl")}
     | {
@@ -152,7 +160,9 @@ def logged_finals() -> set[str]:
     (quality,) = words("rlhf_core/reward.py", "measure")
     *_, statistics, gold, part = words("tasks/reward.py", "main")
     assert gold == ["gold"]
-    assert words("tasks/reward.py", "_numbers") == [["axes"]]
+    correlation, axes = words("tasks/reward.py", "_numbers")
+    assert axes == ["axes"]
+    quality = [*quality, *correlation, "length_coef"]  # the last where length is regressed out: `_with_length`
     names |= below(MODELS, [*trained, *quality, *statistics, *below(["axes/<axis>"], quality)])
     names |= below(["reward/accuracy_by_length/<bin>"], part)
     (by_kind,) = words("rlhf_core/reward.py", "accuracy_by_kind")

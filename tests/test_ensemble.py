@@ -153,7 +153,7 @@ def test_each_member_is_normalised_by_its_own_statistics(ensemble: Callable[...,
     found_BMH = member_scores(roles, trunk, REWARD)
     assert found_BMH.shape == (4, 3, 3)
     for place, name in enumerate(members_of(roles, REWARD)):
-        mean, std, _ = roles.normalisers[name]
+        mean, std, *_ = roles.normalisers[name]
         expected_B = (roles.scores(trunk, name) - mean) / std
         torch.testing.assert_close(found_BMH[:, place, 0], expected_B, rtol=1e-6, atol=1e-6)  # float32
     expected_B = (roles.scores(trunk, "reward-2", axis="kind") + 1) / 4

@@ -65,7 +65,7 @@ def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
 
 
 def plan_of(llama: Path, section: Callable[..., Any], method: str, size: int, **of_ppo: Any) -> dict[str, Any]:
-    """All loops, with rows in pieces of a size; the reward model has an axis and two members."""
+    """All loops, with rows in pieces of a size; the reward model has an axis and two members, without length."""
     rate = RATES[method]
     common = {"method": method, "micro_batch_size": size, "learning_rate": rate, "max_grad_norm": 0.5}
     supervised = {**common, "batch_size": 16, "epochs": 2}
@@ -75,7 +75,7 @@ def plan_of(llama: Path, section: Callable[..., Any], method: str, size: int, **
     }  # fmt: skip
     sections = {
         "sft": section("sft", **supervised),
-        "reward": section("reward", **supervised, center_coef=0.01, axes=["kind"], members=2),
+        "reward": section("reward", **supervised, center_coef=0.01, axes=["kind"], members=2, length="regress"),
         "dpo": section("dpo", **supervised),
         "ppo": section("ppo", **{**ppo, **of_ppo}),
     }

@@ -388,6 +388,16 @@ def test_a_reward_model_has_to_beat_the_longest_rule_and_chance() -> None:
         assert checks(evaluate, {"accuracy": accuracy, "longest_wins": longest})[-1].answer == answer
 
 
+def test_the_reward_model_says_how_far_it_counts_tokens() -> None:
+    data = fake_report()
+    assert "correlates" not in render_report(data)
+    page = Tags(render_report(replace(data, reward={**data.reward, "length_correlation": -0.25}))).text
+    assert "correlates −0.25 with the lead in length" in page
+    assert "regressed out" not in page
+    told = {**data.reward, "length_correlation": 0.1, "length_coef": 0.0312}
+    assert "a token more was worth 0.031 of raw score" in Tags(render_report(replace(data, reward=told))).text
+
+
 # ---- what is missing -----------------------------------------------------------------------------------------------
 
 
