@@ -209,8 +209,15 @@ def test_prefect_yaml_schedules_flows_with_parameters_that_they_have() -> None:
         path, name = deployment["entrypoint"].split(":")
         flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
         flow.validate_parameters(deployment["parameters"])
-        assert deployment["schedules"][0]["cron"]
-    assert [deployment["name"] for deployment in config["deployments"]] == ["nightly", "rounds"]
+        assert set(deployment["parameters"]) <= set(flow.parameters.properties)
+        assert deployment["work_pool"]["name"] == "training"
+    crons = {one["name"]: [schedule["cron"] for schedule in one["schedules"]] for one in config["deployments"]}
+    assert crons == {"nightly": ["0 3 * * *"], "rounds": ["0 18 * * 5"], "principles": []}
+    text = (PROJECT / "prefect.yaml").read_text()
+    (by_hand,) = (one for one in config["deployments"] if not one["schedules"])
+    module = importlib.import_module("flows.constitution")
+    assert f"prefect deployment run {module.constitution.name}/{by_hand['name']}" in text
+    assert by_hand["parameters"]["until"] == module.STAGES[-1]
 
 
 def test_the_form_of_online_rounds_shows_types_and_descriptions() -> None:
