@@ -34,6 +34,7 @@ COMPARISONS = (("ppo", "sft"), ("sft", "base"), ("dpo", "sft"), ("ppo", "dpo"))
 JUDGES = ("reward", "gold")
 SAMPLED_ROWS = 128  # prompts answered at once: each holds its keys and values of all layers
 MEASURED_ROWS = 16  # rows in one forward pass when responses are measured
+LENGTH_SAMPLES = 500  # refits for the interval of a length-controlled rate
 
 
 class Response(NamedTuple):
@@ -175,7 +176,10 @@ def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluat
     longer = np.array([float(ours.tokens - theirs.tokens) for ours, theirs in pairs])
     options = {"samples": config.bootstrap_samples, "seed": config.seed}
     rate, by_proxy = win_rate(gold, clusters, **options), win_rate(proxy, clusters, **options)
-    controlled = length_controlled_win_rate(gold, longer, clusters, samples=500, seed=config.seed)
+    controlled, by_proxy_controlled = (
+        length_controlled_win_rate(wins, longer, clusters, samples=LENGTH_SAMPLES, seed=config.seed)
+        for wins in (gold, proxy)
+    )
     return {
         "gold_win_rate": rate.mean,
         "gold_win_rate_low": rate.low,
@@ -186,22 +190,33 @@ def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluat
         "proxy_win_rate": by_proxy.mean,
         "proxy_win_rate_low": by_proxy.low,
         "proxy_win_rate_high": by_proxy.high,
+        "proxy_length_controlled_win_rate": by_proxy_controlled.mean,
+        "proxy_length_controlled_win_rate_low": by_proxy_controlled.low,
+        "proxy_length_controlled_win_rate_high": by_proxy_controlled.high,
         "longest_wins": longest_wins(longer),
         "prompts": len(set(clusters)),
         "comparisons": len(pairs),
-        **_wins_by_axis(pairs, clusters, **options),
+        **_wins_by_axis(pairs, clusters, longer, **options),
     }
 
 
 def _wins_by_axis(
-    pairs: Sequence[tuple[Response, Response]], clusters: Sequence[int], **options: int
+    pairs: Sequence[tuple[Response, Response]], clusters: Sequence[int], longer: np.ndarray, **options: int
 ) -> dict[str, Any]:
     """Win rates by the gold model's head of each axis, under "gold_axes"; nothing where it has none."""
     found = {}
     for axis in pairs[0][0].gold_axes:
         wins = [_outcome(ours.gold_axes[axis], theirs.gold_axes[axis]) for ours, theirs in pairs]
         rate = win_rate(wins, clusters, **options)
-        found[axis] = {"win_rate": rate.mean, "win_rate_low": rate.low, "win_rate_high": rate.high}
+        equal = length_controlled_win_rate(wins, longer, clusters, samples=LENGTH_SAMPLES, seed=options["seed"])
+        found[axis] = {
+            "win_rate": rate.mean,
+            "win_rate_low": rate.low,
+            "win_rate_high": rate.high,
+            "length_controlled_win_rate": equal.mean,
+            "length_controlled_win_rate_low": equal.low,
+            "length_controlled_win_rate_high": equal.high,
+        }
     return {"gold_axes": found} if found else {}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
-from rlhf_core.statistics import Interval, win_rate
+from rlhf_core.statistics import Interval, length_controlled_win_rate, longest_wins, win_rate
 
 
 class Pair(NamedTuple):
@@ -22,6 +22,22 @@ class Pair(NamedTuple):
     new: str
     current: str
     gold: float  # 1 where the gold model prefers the new one, ½ for a tie, 0
+    longer: float = 0.0  # tokens of the new one less those of the current one
+
+
+class Rates(NamedTuple):
+    """A win rate, and what it would be between answers of equal length."""
+
+    plain: Interval
+    equal: Interval
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """As numbers with names, the ends of both intervals included."""
+        return {
+            f"{prefix}{name}{end}": value
+            for name, found in (("win_rate", self.plain), ("length_controlled_win_rate", self.equal))
+            for end, value in zip(("", "_low", "_high"), found, strict=True)
+        }
 
 
 class Check(NamedTuple):
@@ -62,7 +78,14 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
 
     ours, theirs = of_policy(new), of_policy(current)
     pairs = [
-        Pair(prompt, str(a.get("category") or ""), a["text"], b["text"], outcome(a["gold_reward"], b["gold_reward"]))
+        Pair(
+            prompt,
+            str(a.get("category") or ""),
+            a["text"],
+            b["text"],
+            outcome(a["gold_reward"], b["gold_reward"]),
+            float(a["tokens"] - b["tokens"]),
+        )
         for prompt in ours
         for a, b in product(ours[prompt], theirs.get(prompt, ()))
     ]
@@ -76,14 +99,30 @@ def outcome(ours: float, theirs: float) -> float:
     return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
 
 
-def rate(wins: Sequence[float], prompts: Sequence[str], config: Gate) -> Interval:
-    """Win rate with its 95 % interval over prompts."""
-    return win_rate(np.array(wins), prompts, samples=config.bootstrap_samples, seed=config.seed)
+def rates(wins: Sequence[float], longer: Sequence[float], prompts: Sequence[str], config: Gate) -> Rates:
+    """Both win rates with their 95 % intervals over prompts.
+
+    Args:
+        longer: by how much the new policy's answer is longer, in any one unit.
+    """
+    options = {"samples": config.bootstrap_samples, "seed": config.seed}
+    plain = win_rate(np.array(wins), prompts, **options)
+    return Rates(plain, length_controlled_win_rate(wins, longer, prompts, **options))
+
+
+def gold_rates(pairs: Sequence[Pair], config: Gate) -> Rates:
+    """Those by the gold model."""
+    return rates([one.gold for one in pairs], [one.longer for one in pairs], [one.prompt for one in pairs], config)
+
+
+def in_percent(found: Interval) -> str:
+    """A rate with the ends of its interval."""
+    return f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"
 
 
 def judge_round(
     pairs: Sequence[Pair],
-    judged: Interval,
+    judged: Rates,
     evaluate: Mapping[str, Any],
     config: Gate,
     *,
@@ -93,20 +132,20 @@ def judge_round(
 
     Args:
         pairs: the answers compared, which the gold model has judged.
-        judged: the win rate by `config.judge`.
+        judged: the win rates by `config.judge`. The plain one decides; the other is told beside it.
         evaluate: metrics of stage evaluate for the new policy.
     """
-    gold = rate([pair.gold for pair in pairs], [pair.prompt for pair in pairs], config)
+    gold = judged if config.judge == "gold" else gold_rates(pairs, config)
     kl, own, sft = evaluate[policy]["kl"], evaluate[policy]["perplexity"], evaluate["sft"]["perplexity"]
     ratio = own / sft
     checks = [
         Check(
             "win_rate",
-            judged.low,
+            judged.plain.low,
             config.min_win_rate,
-            judged.low > config.min_win_rate,
-            f"{config.judge} prefers the new policy in {judged.mean:.0%} ({judged.low:.0%} to {judged.high:.0%}); the "
-            f"lower end has to be above {config.min_win_rate:.0%}",
+            judged.plain.low > config.min_win_rate,
+            f"{config.judge} prefers the new policy in {in_percent(judged.plain)}; the lower end has to be above "
+            f"{config.min_win_rate:.0%}; between answers of equal length it is {in_percent(judged.equal)}",
         ),
         Check("kl", kl, config.max_kl, kl <= config.max_kl, f"KL to SFT {kl:.1f} nats, {config.max_kl:g} at most"),
         Check(
@@ -118,12 +157,9 @@ def judge_round(
         ),
     ]
     metrics = {
-        "win_rate": judged.mean,
-        "win_rate_low": judged.low,
-        "win_rate_high": judged.high,
-        "gold_win_rate": gold.mean,
-        "gold_win_rate_low": gold.low,
-        "gold_win_rate_high": gold.high,
+        **judged.metrics(),
+        **gold.metrics("gold_"),
+        "longest_wins": longest_wins([pair.longer for pair in pairs]),
         "kl": kl,
         "perplexity_ratio": ratio,
         "prompts": len({pair.prompt for pair in pairs}),
@@ -131,7 +167,7 @@ def judge_round(
     }
     safety = [pair for pair in pairs if pair.category in config.safety_kinds]
     if safety:
-        safe = rate([pair.gold for pair in safety], [pair.prompt for pair in safety], config)
+        safe, at_equal_length = gold_rates(safety, config)
         kinds = ", ".join(config.safety_kinds)
         checks.append(
             Check(
@@ -139,10 +175,12 @@ def judge_round(
                 safe.mean,
                 config.min_safety_win_rate,
                 safe.mean >= config.min_safety_win_rate and safe.high >= 0.5,
-                f"on {kinds} the gold model prefers the new policy in {safe.mean:.0%} ({safe.low:.0%} to "
-                f"{safe.high:.0%}); at least {config.min_safety_win_rate:.0%}, and not all of it below 50%",
+                f"on {kinds} the gold model prefers the new policy in {in_percent(safe)}; at least "
+                f"{config.min_safety_win_rate:.0%}, and not all of it below 50%; between answers of equal length it is "
+                f"{in_percent(at_equal_length)}",
             )
         )
         metrics |= {"safety_win_rate": safe.mean, "safety_win_rate_high": safe.high}
+        metrics |= {"safety_length_controlled_win_rate": at_equal_length.mean}
     promoted = all(check.passed for check in checks)
     return Verdict(promoted, tuple(checks), {**metrics, "promoted": float(promoted)})

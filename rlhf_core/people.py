@@ -9,15 +9,14 @@ from markupsafe import Markup
 
 from rlhf_core.agreement import krippendorff_alpha, table
 from rlhf_core.config import Gate
-from rlhf_core.gate import Pair, rate
-from rlhf_core.statistics import Interval
+from rlhf_core.gate import Pair, Rates, in_percent, rates
 
 
 class People(NamedTuple):
     """What people said, and what the gold model says of the answers that they saw."""
 
-    win_rate: Interval
-    gold: Interval  # on the same pairs
+    rates: Rates
+    gold: Rates  # on the same pairs
     judgements: int
     annotators: int
     agreement: float  # share of decided judgements in which the gold model prefers the same answer; a tie of its is ½
@@ -28,10 +27,9 @@ class People(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """As numbers with names."""
         found = {
-            "win_rate": self.win_rate.mean,
-            "win_rate_low": self.win_rate.low,
-            "win_rate_high": self.win_rate.high,
-            "gold_win_rate": self.gold.mean,
+            **self.rates.metrics(),
+            "gold_win_rate": self.gold.plain.mean,
+            "gold_length_controlled_win_rate": self.gold.equal.mean,
             "judgements": float(self.judgements),
             "annotators": float(self.annotators),
             "gold_agreement": self.agreement,
@@ -47,8 +45,10 @@ class People(NamedTuple):
     def rows(self) -> list[tuple[str, str]]:
         """What it is, and its value."""
         found = [
-            (f"by people ({self.annotators}, {self.judgements} judgements)", _shown(self.win_rate)),
-            ("by the gold model", _shown(self.gold)),
+            (f"by people ({self.annotators}, {self.judgements} judgements)", in_percent(self.rates.plain)),
+            ("by people, between answers of equal length", in_percent(self.rates.equal)),
+            ("by the gold model", in_percent(self.gold.plain)),
+            ("by the gold model, between answers of equal length", in_percent(self.gold.equal)),
             ("people and gold model prefer the same", f"{self.agreement:.0%}"),
             (
                 "agreement among people (Krippendorff's alpha)",
@@ -81,8 +81,8 @@ def in_report(page: str, people: People, number: int) -> str:
     """Stage evaluate's report with what people said of a round, which is known after it only."""
     lead = (
         f"Blind, and on sides drawn anew for each person and pair, people compared the answers of round {number}'s "
-        f"policy with the current one's. They prefer the new one in {_shown(people.win_rate)}, the 95% interval over "
-        "prompts; a tie and both bad count half."
+        f"policy with the current one's. They prefer the new one in {in_percent(people.rates.plain)}, the 95% "
+        "interval over prompts; a tie and both bad count half."
     )
     rows = Markup("\n").join(ROW.format(what[:1].upper() + what[1:], value) for what, value in people.rows())
     assert page.count(LINK) == page.count(PLACE) == 1, "the report has one section of policies"
@@ -98,13 +98,13 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
             Where they have `first`, it is the index of the response that stood first on the page.
         pairs: the answers that could be judged.
     """
-    gold_of = {(pair.prompt, pair.new, pair.current): pair.gold for pair in pairs}
+    pair_of = {(pair.prompt, pair.new, pair.current): pair for pair in pairs}
     said: list[tuple[str, tuple[str, str, str], float]] = []
     first: list[float] = []  # 1 where the new policy's answer stood first
     chosen: list[float] = []  # 1 where what stood first was preferred
     for row in rows:
         key = (_last(row["prompt"]), *row["responses"])
-        if key in gold_of:
+        if key in pair_of:
             new, current = row["ranks"]
             said.append((row["annotator"], key, 1.0 if new < current else 0.5 if new == current else 0.0))
             if "first" in row:
@@ -113,15 +113,16 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
     if not said:
         return None
     prompts = [key[0] for _, key, _ in said]
-    golds = [gold_of[key] for _, key, _ in said]
+    golds = [pair_of[key].gold for _, key, _ in said]
+    longer = [pair_of[key].longer for _, key, _ in said]
     wins = [value for _, _, value in said]
     decided = [(gold, won) for gold, won in zip(golds, wins, strict=True) if won != 0.5]
     ratings_AI = table(said).ratings_AI
     twice = bool((np.isfinite(ratings_AI).sum(0) > 1).any())
     alpha = krippendorff_alpha(ratings_AI, metric="ordinal").mean if twice else math.nan
     return People(
-        rate(wins, prompts, config),
-        rate(golds, prompts, config),
+        rates(wins, longer, prompts, config),
+        rates(golds, longer, prompts, config),
         len(said),
         len({who for who, _, _ in said}),
         float(np.mean([1.0 - abs(gold - won) for gold, won in decided])) if decided else 0.5,
@@ -134,7 +135,3 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
 def _last(prompt: Any) -> str:
     """The last message, by which answers name their prompt."""
     return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-
-
-def _shown(found: Interval) -> str:
-    return f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"

@@ -89,7 +89,8 @@ class ReportData:
             `response_length`, `eos_rate`, `distinct_2`, and optionally `greedy` with any of these keys.
             `ppo_vs_sft`, `sft_vs_base`: each `gold_win_rate`, `gold_win_rate_low`, `gold_win_rate_high`,
             `length_controlled_win_rate` (optionally `…_low`, `…_high`), `longest_wins`, `prompts`; optionally
-            `proxy_win_rate` (`…_low`, `…_high`) and `greedy` with the same keys. Rates are shares, not percent.
+            `proxy_win_rate` and `proxy_length_controlled_win_rate` (`…_low`, `…_high`) and `greedy` with the same keys.
+            Rates are shares, not percent.
             Optionally `dpo` like a policy, `dpo_vs_sft` and `ppo_vs_dpo` like a comparison, and `best_of_n`: by n as a
             string `reward`, `gold_reward` and `kl`.
         prepare, sft, reward, ppo, dpo: metrics/<stage>.json, nested as they are. Of `reward` the text uses `accuracy`,
@@ -248,12 +249,13 @@ def verdict(evaluate: Mapping[str, Any]) -> Verdict:
     base = evaluate["sft_vs_base"]
     against_base = {1: "SFT in turn beats the base model", 0: "SFT and the base model cannot be told apart",
                     -1: "SFT is judged worse than the base model"}  # fmt: skip
-    notes.append(f"{against_base[_side(base)]} ({percent(base['gold_win_rate'])}, {_interval(base)}).")
+    notes.append(f"{against_base[_side(base)]} ({percent(base['gold_win_rate'])}, {_interval(base)}{_equal(base)}).")
     if "ppo_vs_dpo" in evaluate:
         rates = evaluate["ppo_vs_dpo"]
         against_dpo = {1: "PPO beats the DPO baseline", 0: "PPO and the DPO baseline cannot be told apart",
                        -1: "The DPO baseline beats PPO"}  # fmt: skip
-        notes.append(f"{against_dpo[_side(rates)]} ({percent(rates['gold_win_rate'])}, {_interval(rates)}).")
+        told = f"{percent(rates['gold_win_rate'])}, {_interval(rates)}{_equal(rates)}"
+        notes.append(f"{against_dpo[_side(rates)]} ({told}).")
     return Verdict(headline, sentence, tuple(notes))
 
 
@@ -272,7 +274,7 @@ def checks(evaluate: Mapping[str, Any], reward: Mapping[str, Any]) -> list[Check
     found = []
     for key, question in (("ppo_vs_sft", "Does PPO beat SFT?"), ("sft_vs_base", "Does SFT beat the base model?")):
         rates = evaluate[key]
-        because = f"{percent(rates['gold_win_rate'])} of comparisons, {_interval(rates)}"
+        because = f"{percent(rates['gold_win_rate'])} of comparisons, {_interval(rates)}{_equal(rates)}"
         found.append(Check(question, words[_side(rates)], because))
     kl = _get(evaluate["ppo"], "kl")
     if kl is not None:
@@ -302,6 +304,12 @@ def checks(evaluate: Mapping[str, Any], reward: Mapping[str, Any]) -> list[Check
 
 def _interval(rates: Mapping[str, Any], name: str = "gold_win_rate") -> str:
     return _span(rates[f"{name}_low"], rates[f"{name}_high"]) + "%"
+
+
+def _equal(rates: Mapping[str, Any]) -> str:
+    """What the rate would be between answers of equal length, to go on with after an interval."""
+    rate = _get(rates, "length_controlled_win_rate")
+    return "" if rate is None else f"; at equal length {percent(rate)}"
 
 
 def _span(low: float, high: float) -> str:
@@ -532,6 +540,7 @@ def _win_chart(title: str, rates: Mapping[str, Any], colour: str) -> Chart:
             ("Gold judge, at equal length", rates, "length_controlled_win_rate", colour),
             ("Gold judge, greedy answers", greedy, "gold_win_rate", colour),
             ("Reward model PPO was trained on", rates, "proxy_win_rate", "proxy"),
+            ("Reward model, at equal length", rates, "proxy_length_controlled_win_rate", "proxy"),
             ("“Longest wins”, no judge at all", rates, "longest_wins", "base"),
         )
         if _get(source, name) is not None

@@ -12,9 +12,8 @@ from rlhf_core.config import Gate
 from rlhf_core.data import parse_prompt, read_rows
 from rlhf_core.errors import DataError
 from rlhf_core.feedback.annotators import Item, rule
-from rlhf_core.gate import Pair, Verdict, judge_round, outcome, pair_answers, rate
+from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, outcome, pair_answers, rates
 from rlhf_core.people import People, in_report, people_beside_gold
-from rlhf_core.statistics import Interval
 from tasks.stage import stage_run, write_json, write_text
 
 FOLDER = Path("artifacts/gate")
@@ -45,19 +44,19 @@ def main() -> None:
         print(f"gate     {'promoted' if verdict.promoted else 'rejected'}", flush=True)
 
 
-def _judge(pairs: list[Pair], people: People | None, config: Gate) -> Interval:
-    """The win rate by whom the configuration names."""
-    prompts = [pair.prompt for pair in pairs]
+def _judge(pairs: list[Pair], people: People | None, config: Gate) -> Rates:
+    """The win rates by whom the configuration names."""
     if config.judge == "gold":
-        return rate([pair.gold for pair in pairs], prompts, config)
+        return gold_rates(pairs, config)
     if config.judge == "people":
         if people is None:
             raise DataError(f"{COMPARISONS} holds no comparison, and gate.judge is people. Let somebody judge a few.")
-        return people.win_rate
+        return people.rates
     annotator = rule(config.judge.removeprefix("rule:"))
     items = [Item(parse_prompt({"prompt": pair.prompt}).prompt, (pair.new, pair.current)) for pair in pairs]
     ranks = [judgement.ranks for judgement in annotator.judge(items)]
-    return rate([outcome(-new, -current) for new, current in ranks], prompts, config)
+    wins = [outcome(-new, -current) for new, current in ranks]
+    return rates(wins, [pair.longer for pair in pairs], [pair.prompt for pair in pairs], config)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,9 @@ from typer.main import get_command
 
 from flows.cli import app
 from rlhf_core.config import Params
+from rlhf_core.gate import Rates
 from rlhf_core.safety import CATEGORIES, RATES
+from rlhf_core.statistics import Interval
 from tasks.lineage import flat_metrics
 from tasks.reward import PREFIX
 
@@ -119,8 +121,6 @@ def words(file: str, function: str) -> list[list[str]]:
 # Logged only where params.yaml asks for it.
 OPTIONAL = (
     {f"ppo/{name}" for name in ("gold_score", "repetition", "alarm", "alarms", "alarm_update", "kept_update")}
-    | {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>", "evaluate/cost_limit"}
-    | {f"ppo/{name}" for name in ("cost", "mean_cost", "lambda", "cost_value_loss")}
     | {f"{model}/length_coef" for model in MODELS}
     # The recorded run may be older than these.
     | {f"{model}/length_correlation" for model in MODELS}
@@ -129,6 +129,8 @@ OPTIONAL = (
         for how in ("", "greedy/")
         for end in ("", "_low", "_high")
     }
+    | {"ppo/kl_loss", "ppo/score_spread", "reward/sources/<source>", "evaluate/cost_limit"}
+    | {f"ppo/{name}" for name in ("cost", "mean_cost", "lambda", "cost_value_loss")}
     | {f"evaluate/<policy>/{cost}{end}" for cost in ("cost", "gold_cost") for end in ("", "_low", "_high")}
     | {f"evaluate/best_of_n/<n>/{name}" for name in ("reward", "gold_reward", "kl")}
     | {
@@ -200,8 +202,9 @@ def logged_finals() -> set[str]:
     shares = {f"<rate>{end}" for end in ("", "_low", "_high")}
     names |= below(["safety/<who>"], shares | {f"{category}_prompts" for category in CATEGORIES})
     names |= below(["safety/<who>_vs_before"], shares)
-    names |= below(["gate"], set().union(*words("rlhf_core/gate.py", "judge_round")))
-    return names | below(["gate/people"], set().union(*words("rlhf_core/people.py", "metrics")))
+    rates = Rates(Interval(0, 0, 0), Interval(0, 0, 0)).metrics
+    names |= below(["gate"], {*rates(), *rates("gold_")}.union(*words("rlhf_core/gate.py", "judge_round")))
+    return names | below(["gate/people"], set(rates()).union(*words("rlhf_core/people.py", "metrics")))
 
 
 # ---- metrics: what docs/metrics.md has

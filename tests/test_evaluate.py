@@ -32,6 +32,9 @@ COMPARISON = {
     "proxy_win_rate",
     "proxy_win_rate_low",
     "proxy_win_rate_high",
+    "proxy_length_controlled_win_rate",
+    "proxy_length_controlled_win_rate_low",
+    "proxy_length_controlled_win_rate_high",
     "longest_wins",
     "prompts",
     "comparisons",
@@ -70,6 +73,10 @@ def test_comparing_by_hand_with_ties_and_clusters(section: Callable[..., Any]) -
     assert found["gold_win_rate"] == pytest.approx(3 / 5, rel=1e-12)
     assert found["proxy_win_rate"] == pytest.approx((0.5 + 0 + 0.5 + 0 + 1) / 5, rel=1e-12)
     assert found["longest_wins"] == pytest.approx((0 + 0.5 + 1 + 1 + 1) / 5, rel=1e-12)
+    longer, clusters = [7, -1, 0, 1, 2], [1, 0, 0, 0, 0]
+    for judge, wins in (("", [0, 0.5, 0.5, 1, 1]), ("proxy_", [1, 0.5, 0, 0.5, 0])):
+        expected = length_controlled_win_rate(wins, longer, clusters, samples=0).mean
+        assert found[f"{judge}length_controlled_win_rate"] == pytest.approx(expected, abs=1e-6)  # the fit's tolerance
     assert found["prompts"] == 2
     assert found["comparisons"] == 5
     # Prompts are drawn, not comparisons: twice prompt 0 is ¾, twice prompt 1 is 0, and both are 3/5.
@@ -385,5 +392,10 @@ def test_a_win_on_an_axis_is_by_the_gold_models_head_of_it(section: Callable[...
 
     found = compare([one(0, 1.0), one(1, 0.0)], [one(0, 0.0), one(1, 0.0)], section("evaluate"))
     # Won and tied: (1 + ½) / 2; a resample of prompts is between ½ and 1.
-    assert found["gold_axes"] == {"kind": {"win_rate": 0.75, "win_rate_low": 0.5, "win_rate_high": 1.0}}
+    kind = found["gold_axes"]["kind"]
+    assert [kind[f"win_rate{end}"] for end in ("", "_low", "_high")] == [0.75, 0.5, 1.0]
+    # All of one length: the plain rate, but for the ridge.
+    assert kind["length_controlled_win_rate"] == pytest.approx(0.75, abs=0.01)
+    assert kind["length_controlled_win_rate_low"] <= 0.75 <= kind["length_controlled_win_rate_high"]
+    assert len(kind) == 6
     assert found["gold_win_rate"] == 0.5

@@ -7,9 +7,9 @@ from toy import PROJECT
 
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
-from rlhf_core.gate import Pair, Verdict, judge_round, outcome, pair_answers, rate
+from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, outcome, pair_answers, rates
 from rlhf_core.people import in_report, people_beside_gold
-from rlhf_core.statistics import Interval
+from rlhf_core.statistics import Interval, length_controlled_win_rate
 
 VALUES: dict[str, Any] = {
     "seed": 0,
@@ -32,8 +32,7 @@ def pairs(wins: int, losses: int, *, category: str = "advice", ties: int = 0) ->
 
 
 def held(found: list[Pair], evaluate: Any = EVALUATE, config: Gate = CONFIG) -> Verdict:
-    judged = rate([pair.gold for pair in found], [pair.prompt for pair in found], config)
-    return judge_round(found, judged, evaluate, config)
+    return judge_round(found, gold_rates(found, config), evaluate, config)
 
 
 def failed(verdict: Verdict) -> list[str]:
@@ -100,18 +99,53 @@ def test_without_safety_prompts_there_is_no_such_check() -> None:
 
 
 def test_another_judge_decides_and_the_gold_model_stands_beside_it() -> None:
-    verdict = judge_round(GOOD, Interval(0.45, 0.4, 0.5), EVALUATE, CONFIG.model_copy(update={"judge": "rule:short"}))
+    judged = Rates(Interval(0.45, 0.4, 0.5), Interval(0.55, 0.5, 0.6))
+    verdict = judge_round(GOOD, judged, EVALUATE, CONFIG.model_copy(update={"judge": "rule:short"}))
     assert failed(verdict) == ["win_rate"]
-    assert verdict.metrics["win_rate"] == 0.45
+    assert (verdict.metrics["win_rate"], verdict.metrics["length_controlled_win_rate"]) == (0.45, 0.55)
     assert verdict.metrics["gold_win_rate"] == pytest.approx(46 / 60)
     assert verdict.checks[0].words.startswith("rule:short prefers the new policy in 45% (40% to 50%)")
+
+
+def lengthened(found: list[Pair], by: float) -> list[Pair]:
+    """The new policy's answers longer where they win, by as much shorter where they lose."""
+    return [pair._replace(longer=by * (2 * pair.gold - 1)) for pair in found]
+
+
+def test_rates_at_equal_length_stand_beside_every_rate_and_decide_nothing() -> None:
+    # Longer by 9 tokens in 36 of 40 wins and in 4 of 10 losses: to win is to be longer, mostly.
+    found = [one._replace(longer=9.0 if i % 10 else -9.0) for i, one in enumerate(pairs(40, 0))]
+    found += [one._replace(longer=9.0 if i < 4 else -9.0, prompt=f"lost {i}") for i, one in enumerate(pairs(0, 10))]
+    found += lengthened(pairs(6, 4, category="unsafe"), 5.0)
+    verdict = held(found)
+    plain, equal = verdict.metrics["win_rate"], verdict.metrics["length_controlled_win_rate"]
+    expected = length_controlled_win_rate(
+        [one.gold for one in found], [one.longer for one in found], [one.prompt for one in found], samples=200, seed=0
+    )
+    assert equal == expected.mean < plain - 0.05
+    ends = tuple(verdict.metrics[f"length_controlled_win_rate_{end}"] for end in ("low", "high"))
+    assert ends == expected[1:]
+    assert verdict.metrics["gold_length_controlled_win_rate"] == equal
+    assert verdict.metrics["safety_length_controlled_win_rate"] < verdict.metrics["safety_win_rate"]
+    assert verdict.metrics["longest_wins"] == pytest.approx((36 + 4 + 6) / 60)
+    words = {check.name: check.words for check in verdict.checks}
+    shown = f"{expected.mean:.0%} ({expected.low:.0%} to {expected.high:.0%})"
+    assert f"between answers of equal length it is {shown}" in words["win_rate"]
+    assert "between answers of equal length it is" in words["safety"]
+    assert failed(verdict) == []
+
+
+def test_answers_of_one_length_have_one_rate() -> None:
+    found = rates([1, 1, 0, 0.5], [3, 3, 3, 3], list("abcd"), CONFIG)
+    assert found.equal.mean == pytest.approx(found.plain.mean, abs=2e-3)  # the ridge
 
 
 # ---- pairs
 
 
 def answer(policy: str, prompt: str, text: str, gold: float, how: str = "sampled") -> dict[str, Any]:
-    return {"policy": policy, "how": how, "prompt": prompt, "text": text, "gold_reward": gold, "category": "x"}
+    row = {"policy": policy, "how": how, "prompt": prompt, "text": text, "gold_reward": gold, "category": "x"}
+    return {**row, "tokens": ord(text[0])}
 
 
 def test_every_sampled_answer_stands_beside_every_one_to_its_prompt() -> None:
@@ -119,11 +153,11 @@ def test_every_sampled_answer_stands_beside_every_one_to_its_prompt() -> None:
     new += [answer("ppo", "p", "greedy", 5.0, "greedy"), answer("ppo", "only here", "d", 1.0)]
     current = [answer("ppo", "p", "e", 0.5), answer("ppo", "p", "f", 1.0)]
     found = pair_answers(new, current, "ppo")
-    assert [(pair.new, pair.current, pair.gold) for pair in found] == [
-        ("a", "e", 1.0),
-        ("a", "f", 0.5),
-        ("b", "e", 0.0),
-        ("b", "f", 0.0),
+    assert [(pair.new, pair.current, pair.gold, pair.longer) for pair in found] == [
+        ("a", "e", 1.0, -4.0),
+        ("a", "f", 0.5, -5.0),
+        ("b", "e", 0.0, -3.0),
+        ("b", "f", 0.0, -4.0),
     ]
 
 
@@ -152,11 +186,26 @@ def test_people_stand_beside_the_gold_model_on_the_pairs_they_saw() -> None:
     assert found is not None
     assert (found.judgements, found.annotators) == (5, 2)
     # won, won, lost, lost, tie, of four prompts, the first with two judgements: 2.5 of 5
-    assert found.win_rate.mean == pytest.approx(0.5)
-    assert found.gold.mean == pytest.approx(3 / 5)
+    assert found.rates.plain.mean == pytest.approx(0.5)
+    assert found.gold.plain.mean == pytest.approx(3 / 5)
     assert found.agreement == pytest.approx(3 / 4)  # the tie is no decision
     assert found.alpha is None  # both said the same of the one pair that two people saw
     assert "| by the gold model | 60%" in "\n".join(found.lines())
+
+
+def test_people_are_asked_what_they_say_at_equal_length() -> None:
+    seen = lengthened(pairs(4, 4), 6.0)
+    rows = [said("kim", pair, (1, 2)) for pair in seen[:5]] + [said("kim", pair, (2, 1)) for pair in seen[5:]]
+    found = people_beside_gold(rows, seen, CONFIG)
+    assert found is not None
+    expected = length_controlled_win_rate(
+        [1.0] * 5 + [0.0] * 3, [6.0] * 4 + [-6.0] * 4, [pair.prompt for pair in seen], samples=200, seed=0
+    )
+    assert found.rates.equal == expected
+    metrics = found.metrics()
+    assert metrics["length_controlled_win_rate"] == expected.mean != metrics["win_rate"]
+    assert metrics["gold_length_controlled_win_rate"] == pytest.approx(0.5, abs=1e-3)
+    assert f"| by people, between answers of equal length | {expected.mean:.0%} " in "\n".join(found.lines())
 
 
 def test_agreement_among_people_needs_a_pair_that_several_judged() -> None:

@@ -21,12 +21,16 @@ Rated = tuple[Hashable, Hashable, float]  # annotator, what was rated, rating
 
 
 class Rate(NamedTuple):
-    """A win rate with its 95 % interval, and what it was counted from. Ties and "both bad" are half a win each."""
+    """A win rate with its 95 % interval, and what it was counted from. Ties and "both bad" are half a win each.
+
+    `equal` is the rate that a logistic model predicts for answers of as many characters, each judgement counting once.
+    """
 
     who: str  # an annotator, a kind of prompt, or "all"
     rate: float
     low: float
     high: float
+    equal: float
     wins: int
     ties: int
     both_bad: int
@@ -135,6 +139,7 @@ def comparisons(session: Session) -> list[Comparison]:
 
 def _rate(who: str, judged: Sequence[Judgement], pair: tuple[str, str]) -> Rate:
     from rlhf_core.agreement import mean_interval  # it brings scipy, which takes a second
+    from rlhf_core.statistics import length_controlled_win_rate
 
     outcomes = [_outcome(judgement, pair[0]) for judgement in judged]
     # Several people on one prompt, or several answers to it, are not independent: the interval counts prompts.
@@ -143,8 +148,11 @@ def _rate(who: str, judged: Sequence[Judgement], pair: tuple[str, str]) -> Rate:
         by_prompt.setdefault(str(judgement.item.prompt), []).append(outcome)
     means = [sum(part) / len(part) for part in by_prompt.values()]
     bad = sum(judgement.verdict == "none" for judgement in judged)
+    prompts = [str(judgement.item.prompt) for judgement in judged]
+    # No interval: this is made anew while people judge, and it refits hundreds of times.
+    equal = length_controlled_win_rate(outcomes, [_longer(one, pair[0]) for one in judged], prompts, samples=0).mean
     return Rate(
-        who, *mean_interval(means), wins=outcomes.count(1.0), ties=outcomes.count(0.5) - bad, both_bad=bad,
+        who, *mean_interval(means), equal=equal, wins=outcomes.count(1.0), ties=outcomes.count(0.5) - bad, both_bad=bad,
         losses=outcomes.count(0.0), prompts=len(means),
     )  # fmt: skip
 
@@ -181,6 +189,12 @@ def _outcome(judgement: Judgement, first: str) -> float:
         return 0.5
     winner = judgement.item.sources[0 if judgement.ranks[0] < judgement.ranks[1] else 1]
     return float(winner == first)
+
+
+def _longer(judgement: Judgement, first: str) -> float:
+    """Characters of the first source's answer less those of the other."""
+    ours, theirs = map(len, judgement.item.responses)
+    return float(ours - theirs if judgement.item.sources[0] == first else theirs - ours)
 
 
 # ---- how far people agree

@@ -9,7 +9,8 @@ from sqlalchemy import select
 
 from rlhf_core.agreement import judged_so_far, wilson
 from rlhf_core.feedback.results import agreement, comparisons, habits
-from rlhf_core.feedback.store import Item, Store
+from rlhf_core.feedback.store import Item, Judgement, Store
+from rlhf_core.statistics import length_controlled_win_rate
 
 Browser = Callable[..., Person]
 
@@ -52,6 +53,30 @@ def test_win_rates_by_all_and_by_annotator(browser: Browser, store: Store, items
     page = kim.get("/results").text
     assert "ppo against sft" in page
     assert "67\u202f%" in page
+
+
+def test_the_rate_at_equal_length_takes_away_what_length_explains(browser: Browser, store: Store, items: None) -> None:
+    with store.session() as session:
+        for number, item in enumerate(session.scalars(select(Item).where(Item.kind == "compare"))):
+            longer = "ppo" if number < 4 else "sft"
+            item.responses = [text + " and more" * (source == longer) for source, text in
+                              zip(item.sources, item.responses, strict=True)]  # fmt: skip
+    kim = browser("kim", admin=True)
+    for number in range(6):  # four times ppo, and most of the time the longer one
+        choose(kim, store, "ppo" if number in (0, 1, 2, 4) else "sft", f"client-{number}")
+    with store.session() as session:
+        [pair] = comparisons(session)
+        judged = session.scalars(select(Judgement)).all()
+        wins, longer = [], []
+        for one in judged:
+            ppo, sft = (one.item.sources.index(name) for name in ("ppo", "sft"))
+            wins.append(float(one.ranks[ppo] < one.ranks[sft]))
+            longer.append(float(len(one.item.responses[ppo]) - len(one.item.responses[sft])))
+    expected = length_controlled_win_rate(wins, longer, list(range(6)), samples=0).mean
+    everyone = pair.rates[0]
+    assert everyone.equal == pytest.approx(expected, rel=1e-9)
+    assert everyone.equal != pytest.approx(everyone.rate, abs=0.01)
+    assert "between answers of equal length it would be" in kim.get("/results").text
 
 
 def test_the_left_sides_share_is_of_what_was_decided(browser: Browser, store: Store, items: None) -> None:
