@@ -36,17 +36,21 @@ class Fold(NamedTuple):
         return _gather(values_GF, self.to_BS)
 
 
-def alike(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def alike(rows: Sequence[Sequence[int]], most: int = FOLDED_ROWS) -> list[tuple[int, int]]:
     """Neighbouring rows that begin alike, as (how many, how many tokens they share), in their order.
 
     A row joins its neighbours if no fewer tokens are saved with it than without, and at least SHARED_TOKENS are common.
+
+    Args:
+        most: rows that may be neighbours; no more than FOLDED_ROWS are.
     """
     found: list[tuple[int, int]] = []
     first: Sequence[int] = ()
+    most = min(most, FOLDED_ROWS)
     for row in rows:
-        count, common = found[-1] if found else (FOLDED_ROWS, 0)
+        count, common = found[-1] if found else (most, 0)
         both = _common(first, row, common)
-        if count < FOLDED_ROWS and both >= SHARED_TOKENS and both * count >= common * (count - 1):
+        if count < most and both >= SHARED_TOKENS and both * count >= common * (count - 1):
             found[-1] = (count + 1, both)
         else:
             first = row
@@ -55,9 +59,9 @@ def alike(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 def batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Numbers of rows in pieces of about `size`, the short ones first; what is alike stays together."""
+    """Numbers of rows in pieces of up to `size`, the short ones first; what is alike stays together if it fits."""
     groups, start = [], 0
-    for count, common in alike(rows):
+    for count, common in alike(rows, size):
         numbers = list(range(start, start + count))
         groups.append((common + sum(len(rows[row]) - common for row in numbers), numbers))
         start += count

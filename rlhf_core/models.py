@@ -59,7 +59,11 @@ class Trunk(NamedTuple):
     predicts_BS: Tensor
     fold: Fold | None = None
 
-    def rows(self, index: Tensor) -> "Trunk":
+    def ids(self) -> list[list[int]]:
+        """Token ids of each row."""
+        return [ids_S[mask_S].tolist() for ids_S, mask_S in zip(self.ids_BS, self.mask_BS, strict=True)]
+
+    def rows(self, index: Tensor | Sequence[int]) -> "Trunk":
         """The trunk of some of its rows, trimmed to their longest."""
         assert self.fold is None, "rows that lie as one cannot be told apart"
         stop = int(self.mask_BS[index].sum(1).max()) if len(index) else 0
@@ -322,6 +326,14 @@ class Roles(nn.Module):
             found.append(states_FD)
             start += count
         return Trunk(pad_sequence(found, batch_first=True), *rest)
+
+    def folded(self, trunk: Trunk) -> Trunk:
+        """The same trunk with neighbouring rows that begin alike laid out as one, where the model bears it."""
+        groups = alike(trunk.ids()) if self.folds else []
+        if all(count == 1 for count, _ in groups):
+            return trunk
+        fold = fold_rows(trunk.mask_BS, groups)
+        return trunk._replace(states=fold.fold(trunk.states), fold=fold)
 
     def hidden(self, trunk: Trunk, role: str) -> Tensor:
         """(B, S, D) last hidden states of a role, final norm included."""

@@ -21,6 +21,7 @@ from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO, ValueNetwork
 from rlhf_core.ensemble import load_ensemble, member_scores, members_of
 from rlhf_core.errors import ConfigError
+from rlhf_core.folding import batches
 from rlhf_core.functional import (
     AdaptiveKL,
     FixedKL,
@@ -233,14 +234,14 @@ def train_ppo(
         seen: list[dict[str, float]] = []  # one a minibatch, that which stopped the update included
         steps_taken, stopped = 0, False
         for _ in range(0 if going_back else config.epochs):
-            for index in torch.randperm(config.rollouts, generator=generator).split(config.minibatch_size):
+            for index in _minibatches(config, generator):
                 token_count = int(sampled.mask_BT[index].sum())
                 minibatch = rollouts.rows(processes.places_of(index))
                 step: dict[str, float] = {}
-                # Rows of like length are computed together; what the minibatch holds stays random.
-                by_length = minibatch.trunk.mask_BS.sum(1).argsort(stable=True)
-                for micro in by_length.split(config.micro_batch_size) if len(by_length) else ():
+                # Answers to one prompt and rows of like length are computed together; what a minibatch holds is random.
+                for micro in batches(minibatch.trunk.ids(), config.micro_batch_size):
                     part = minibatch.rows(micro)
+                    part = part._replace(trunk=roles.folded(part.trunk))
                     found = losses(roles, part, config, token_count, kl_coef=controller.coef, learn_policy=learn_policy)
                     step = {name: step.get(name, 0.0) + value for name, value in found.items()}
                 step = processes.add_up(step)
@@ -335,7 +336,7 @@ def measure_rollouts(
     responses = sampled.responses()
     packed = pack([sampled.prompts[row] for row in own], [responses[row] for row in own], 0)
     trunk = roles.trunk(packed, states=sampled.states)
-    # In pieces of like length, as learning will see them: little padding, and the same rounding.
+    # In such pieces as learning will see: little is computed twice or is padding, and the rounding is the same.
     logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, cost_values_BT = (
         torch.zeros_like(own_mask_BT, dtype=torch.float) for _ in range(5)
     )
@@ -343,8 +344,8 @@ def measure_rollouts(
     judges = [] if score is not None else members_of(roles, REWARD)
     axes = list(roles.axes[REWARD]) if judges else []
     outputs_BMH = torch.zeros((len(own), max(len(judges), 1), 1 + len(axes)), device=roles.device)
-    for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(config.micro_batch_size):
-        part, length = trunk.rows(rows), int(own_mask_BT[rows].sum(1).max())
+    for rows in batches(trunk.ids(), config.micro_batch_size):
+        part, length = roles.folded(trunk.rows(rows)), int(own_mask_BT[rows].sum(1).max())
         answer = (own_ids_BT[rows, :length], own_mask_BT[rows, :length])
         both_BSD = roles.hidden(part, POLICY) if config.value_network == "shared" else None
         found, spread = roles.logprobs(
@@ -535,6 +536,16 @@ def losses(
         "ppo/value_loss": value.loss.item(),
         "ppo/value_clip_fraction": value.clip_fraction.item() * share,
     }
+
+
+def _minibatches(config: PPO, generator: torch.Generator) -> Sequence[Tensor]:
+    """Numbers of the rollouts of each minibatch of an epoch, drawn anew; answers to one prompt share a minibatch.
+
+    So the prompt is computed once for all of them. Where they do not fit evenly, each rollout is drawn by itself.
+    """
+    together = config.samples_per_prompt if config.minibatch_size % config.samples_per_prompt == 0 else 1
+    first_N1 = torch.randperm(config.rollouts // together, generator=generator)[:, None] * together
+    return (first_N1 + torch.arange(together)).flatten().split(config.minibatch_size)
 
 
 def _next_prompt(left: list[int], count: int, generator: torch.Generator) -> int:

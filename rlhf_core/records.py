@@ -1,5 +1,6 @@
 """What crosses modules: the records of the data formats, and the rollouts of one PPO update."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -65,7 +66,7 @@ class Rollouts(NamedTuple):
     old_cost_values_BT: Tensor | None = None  # reward units of the cost's axis; these two where a cost is limited
     cost_returns_BT: Tensor | None = None
 
-    def rows(self, index: Tensor) -> "Rollouts":
+    def rows(self, index: Tensor | Sequence[int]) -> "Rollouts":
         """Some of the rows, trimmed to the longest response among them."""
         length = int(self.mask_BT[index].sum(1).max()) if len(index) else 0
         parts: Any = (None if part is None else part[index, :length] for part in self[1:])

@@ -112,7 +112,8 @@ def test_a_head_on_the_policy_spares_what_torch_counts_less(
     judge.save("reward", tmp_path / "reward")
     response = LENGTH - 5
     mask_BT = torch.ones((COUNT, response), dtype=torch.bool)
-    sampled = Sampled([[5] * 5] * COUNT, torch.full((COUNT, response), 7), mask_BT, mask_BT[:, 0])
+    prompts = [[5 + row] * 5 for row in range(COUNT)]  # nothing is computed once for several of them
+    sampled = Sampled(prompts, torch.full((COUNT, response), 7), mask_BT, mask_BT[:, 0])
     rows, found = Eager(COUNT, 5, response), {}
     for network in ("own", "shared"):
         roles, config = Roles(tmp_path / "base", section("ppo", **lora)), section("ppo", value_network=network)

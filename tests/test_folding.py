@@ -63,7 +63,8 @@ def test_no_more_rows_than_the_limit_lie_as_one() -> None:
 
 def test_batches_keep_together_what_is_alike() -> None:
     assert batches(ROWS, 4) == [[6, 4, 5], [0, 1, 2, 3]]  # folded they have 3, 14 and 21 tokens
-    assert batches(ROWS, 2) == [[6], [4, 5], [0, 1, 2, 3]]
+    assert batches(ROWS, 2) == [[6], [0, 1], [4, 5], [2, 3]]  # 3, 14, 14 and 15
+    assert batches(ROWS, 1) == [[6], [3], [0], [5], [1], [4], [2]]
     assert batches(ROWS, 8) == [[6, 4, 5, 0, 1, 2, 3]]
 
 

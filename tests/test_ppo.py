@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_core.errors import TrainingDiverged
 from rlhf_core.functional import RunningMoments
 from rlhf_core.models import REFERENCE, Normaliser, Roles, load_policy, pack
-from rlhf_core.ppo import POLICY, REWARD, VALUE, Measured, add_roles, losses, measure_rollouts, train_ppo
+from rlhf_core.ppo import POLICY, REWARD, VALUE, Measured, _minibatches, add_roles, losses, measure_rollouts, train_ppo
 from rlhf_core.records import Sampled
 from rlhf_core.reward import score_samples
 from rlhf_core.rollouts import sample
@@ -37,7 +37,7 @@ def perturb(roles: Roles, role: str, *, seed: int = 0) -> None:
 def ready(section: Callable[..., Any], tmp_path: Path) -> Callable[..., Roles]:
     """A model with PPO's roles, its reward model saved and loaded as the stages do."""
 
-    def build(folder: Path, *, method: str = "lora") -> Roles:
+    def build(folder: Path, *, method: str = "lora", value_network: Any = "own") -> Roles:
         reward = Roles(folder, section("reward"))
         torch.manual_seed(3)
         reward.add(REWARD, method=method, head=True)
@@ -46,7 +46,7 @@ def ready(section: Callable[..., Any], tmp_path: Path) -> Callable[..., Roles]:
         reward.save(REWARD, tmp_path / "reward")
         roles = Roles(folder, section("ppo"))
         torch.manual_seed(4)
-        add_roles(roles, str(tmp_path / "reward"), method=method)
+        add_roles(roles, str(tmp_path / "reward"), method=method, value_network=value_network)
         return roles
 
     return build
@@ -190,6 +190,50 @@ def test_cutting_a_minibatch_changes_no_gradient(
 
 
 # ---- options of the loss ---------------------------------------------------------------------------------------------
+
+
+def test_answers_to_one_prompt_share_a_minibatch(section: Callable[..., Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    config = section("ppo", rollouts=12, samples_per_prompt=3, minibatch_size=6, micro_batch_size=2)
+    first, second = ([rows.tolist() for rows in _minibatches(config, generator)] for _ in range(2))
+    assert first != second
+    for epoch in (first, second):
+        assert sorted(row for rows in epoch for row in rows) == list(range(12))
+        assert all(rows[start] % 3 == 0 for rows in epoch for start in (0, 3))
+        assert all(
+            rows[start : start + 3] == list(range(rows[start], rows[start] + 3)) for rows in epoch for start in (0, 3)
+        )
+    config = section(
+        "ppo", rollouts=12, samples_per_prompt=3, minibatch_size=4, micro_batch_size=2
+    )  # which three do not fit
+    found = [rows.tolist() for rows in _minibatches(config, generator)]
+    assert [len(rows) for rows in found] == [4, 4, 4]
+    assert sorted(row for rows in found for row in rows) == list(range(12))
+    assert found[0] != sorted(found[0])
+
+
+@pytest.mark.parametrize("network", ["own", "shared"])
+def test_a_prompt_computed_once_for_its_answers_changes_no_number(
+    llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: Any, network: str
+) -> None:
+    config = section("ppo", micro_batch_size=4, value_network=network)
+    long = [[*prompt, *range(50, 58)] for prompt in PROMPTS[:2] for _ in range(2)]
+    found: dict[bool, tuple[Measured, Tensor]] = {}
+    for folds in (True, False):
+        roles = ready(llama, value_network=network)
+        perturb(roles, POLICY)
+        roles._folds = folds
+        options = {"stop_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "max_tokens": 6}
+        generator = torch.Generator().manual_seed(1)
+        sampled = sample(roles.language_model(POLICY), long, temperature=1.0, generator=generator, **options)
+        measured = measure_rollouts(roles, sampled, config, kl_coef=0.05)
+        part = measured.rollouts._replace(trunk=roles.folded(measured.rollouts.trunk))
+        assert (part.trunk.fold is not None) == folds
+        count = int(sampled.mask_BT.sum())
+        found[folds] = measured, gradient(roles, lambda: losses(roles, part, config, count, kl_coef=0.05))  # noqa: B023
+    ours, plain = found[True], found[False]
+    assert ours[0].metrics == pytest.approx(plain[0].metrics, rel=1e-4, abs=1e-5)  # float32
+    torch.testing.assert_close(ours[1], plain[1], rtol=1e-4, atol=1e-5 * float(plain[1].abs().max()))
 
 
 def gradient(roles: Roles, compute: Callable[[], Any]) -> Tensor:
