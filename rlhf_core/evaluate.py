@@ -7,7 +7,7 @@ itself, so there is no order of presentation that could sway it. Statistics come
 files from elsewhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -171,8 +171,8 @@ def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluat
         )
     ]
     clusters = [ours.prompt for ours, _ in pairs]
-    gold = np.array([_outcome(ours.gold_reward, theirs.gold_reward) for ours, theirs in pairs])
-    proxy = np.array([_outcome(ours.reward, theirs.reward) for ours, theirs in pairs])
+    gold = np.array([_outcome(ours, theirs, lambda one: one.gold_reward) for ours, theirs in pairs])
+    proxy = np.array([_outcome(ours, theirs, lambda one: one.reward) for ours, theirs in pairs])
     longer = np.array([float(ours.tokens - theirs.tokens) for ours, theirs in pairs])
     options = {"samples": config.bootstrap_samples, "seed": config.seed}
     rate, by_proxy = win_rate(gold, clusters, **options), win_rate(proxy, clusters, **options)
@@ -206,7 +206,7 @@ def _wins_by_axis(
     """Win rates by the gold model's head of each axis, under "gold_axes"; nothing where it has none."""
     found = {}
     for axis in pairs[0][0].gold_axes:
-        wins = [_outcome(ours.gold_axes[axis], theirs.gold_axes[axis]) for ours, theirs in pairs]
+        wins = [_outcome(ours, theirs, lambda one: one.gold_axes[axis]) for ours, theirs in pairs]  # noqa: B023
         rate = win_rate(wins, clusters, **options)
         equal = length_controlled_win_rate(wins, longer, clusters, samples=LENGTH_SAMPLES, seed=options["seed"])
         found[axis] = {
@@ -316,5 +316,8 @@ def _summary(responses: Sequence[Response]) -> dict[str, Any]:
     return found
 
 
-def _outcome(ours: float, theirs: float) -> float:
-    return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
+def _outcome(ours: Response, theirs: Response, score: Callable[[Response], float]) -> float:
+    # The same answer is a tie, though it may have been computed beside other rows, and rounded otherwise.
+    if (ours.text, ours.tokens, ours.stopped) == (theirs.text, theirs.tokens, theirs.stopped):
+        return 0.5
+    return 1.0 if score(ours) > score(theirs) else 0.5 if score(ours) == score(theirs) else 0.0

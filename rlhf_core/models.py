@@ -417,8 +417,12 @@ class Roles(nn.Module):
         """(N, M, 1 + A) what `outputs` gives for each of M roles at the end of each row of ids, in the order given.
 
         Rows of like length are computed together, so that little padding is; what neighbours in the order given begin
-        alike with, such as their prompt, and what the roles share is computed once. Gradients flow as usual.
+        alike with, such as their prompt, and what the roles share is computed once. Equal rows are one row, so that
+        they are equal in the last digit too. Gradients flow as usual.
         """
+        once: dict[tuple[int, ...], int] = {}
+        of_row = [once.setdefault(tuple(row), len(once)) for row in rows]
+        rows = list(once)
         order: list[int] = []
         parts = [torch.empty((0, len(roles), 1 + len(self.axes[roles[0]])), device=self.device)]
         for numbers in batches(rows, size):
@@ -428,7 +432,7 @@ class Roles(nn.Module):
             order += numbers
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.tensor(order)] = torch.arange(len(order))
-        return torch.cat(parts)[place.to(self.device)]
+        return torch.cat(parts)[place[of_row].to(self.device)]
 
     def scores(self, trunk: Trunk, role: str, *, axis: str | None = None) -> Tensor:
         """(B,) raw outputs at each row's last kept token: of the role's scalar head, or for one of its axes."""

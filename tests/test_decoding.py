@@ -190,4 +190,4 @@ def test_states_kept_while_sampling_are_the_trunk(llama: Path, section: Callable
     packed = pack(found.prompts, found.responses(), 0)
     ours, theirs = roles.trunk(packed, states=found.states), roles.trunk(packed)
     torch.testing.assert_close(ours.states[ours.mask_BS], theirs.states[theirs.mask_BS], **EXACT)
-    assert [part.tolist() for part in ours[1:]] == [part.tolist() for part in theirs[1:]]
+    assert [part.tolist() for part in ours[1:4]] == [part.tolist() for part in theirs[1:4]]

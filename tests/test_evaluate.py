@@ -52,7 +52,7 @@ def few_refits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def response(prompt: int, *, gold: float, reward: float, tokens: int) -> Response:
-    return Response(prompt, "text", tokens, True, reward, gold, 0.0)
+    return Response(prompt, f"worth {gold} and {reward}", tokens, True, reward, gold, 0.0)
 
 
 def test_comparing_by_hand_with_ties_and_clusters(section: Callable[..., Any]) -> None:
@@ -81,6 +81,15 @@ def test_comparing_by_hand_with_ties_and_clusters(section: Callable[..., Any]) -
     assert found["comparisons"] == 5
     # Prompts are drawn, not comparisons: twice prompt 0 is ¾, twice prompt 1 is 0, and both are 3/5.
     assert (found["gold_win_rate_low"], found["gold_win_rate_high"]) == (0.0, 0.75)
+
+
+def test_the_same_answer_is_a_tie_however_its_scores_were_rounded(section: Callable[..., Any]) -> None:
+    one = response(0, gold=1.0, reward=1.0, tokens=3)
+    other = one._replace(gold_reward=1.0 + 1e-7, reward=1.0 - 1e-7)
+    for found in (compare([one], [other], section("evaluate")), compare([other], [one], section("evaluate"))):
+        assert (found["gold_win_rate"], found["proxy_win_rate"]) == (0.5, 0.5)
+    cut_off = other._replace(stopped=False)  # the reward model has seen another last token
+    assert compare([cut_off], [one], section("evaluate"))["gold_win_rate"] == 1.0
 
 
 def test_turning_sides_turns_the_rate(section: Callable[..., Any]) -> None:
@@ -388,7 +397,7 @@ def test_axes_and_costs_by_hand_with_their_intervals(section: Callable[..., Any]
 
 def test_a_win_on_an_axis_is_by_the_gold_models_head_of_it(section: Callable[..., Any]) -> None:
     def one(prompt: int, kind: float) -> Response:
-        return response(prompt, gold=0, reward=0, tokens=1)._replace(gold_axes={"kind": kind})
+        return response(prompt, gold=0, reward=kind, tokens=1)._replace(gold_axes={"kind": kind})
 
     found = compare([one(0, 1.0), one(1, 0.0)], [one(0, 0.0), one(1, 0.0)], section("evaluate"))
     # Won and tied: (1 + ½) / 2; a resample of prompts is between ½ and 1.

@@ -157,6 +157,17 @@ def test_what_is_alike_is_computed_once(
     assert seen == [(1, 3), (1, 14), (1, 21)]  # each alone, and once
 
 
+@torch.no_grad()
+def test_equal_rows_are_equal_in_the_last_digit(llama: Path, section: Callable[..., Any]) -> None:
+    roles = perturbed(llama, section("reward"))
+    rows = [*ROWS, ROWS[1], ROWS[5], ROWS[1]]
+    raw_N = roles.score_rows(rows, "reward", 0, size=4)
+    assert raw_N[1] == raw_N[len(ROWS)] == raw_N[len(ROWS) + 2]
+    assert raw_N[5] == raw_N[len(ROWS) + 1]
+    assert raw_N[: len(ROWS)].equal(roles.score_rows(ROWS, "reward", 0, size=4))
+    assert len(set(raw_N.tolist())) == len(ROWS)
+
+
 def test_a_model_with_a_window_keeps_rows_of_their_own(
     llama: Path, section: Callable[..., Any], tmp_path: Path
 ) -> None:
