@@ -19,10 +19,10 @@ from typing import Any
 
 import psutil
 
-from rlhf_core.config import load_params
 from rlhf_core.data import parse_prompt
 from rlhf_core.feedback.annotators import Item, rule
-from rlhf_core.gate import outcome, pair_answers, rate
+from rlhf_core.gate import outcome, pair_answers
+from rlhf_core.statistics import Interval, win_rate
 
 RULE, COIN = "short", "random"
 KILLED_ROUND, STAGES = 2, ("preferences", "reward", "ppo", "evaluate")
@@ -78,13 +78,14 @@ def kill(pid: int) -> None:
         psutil.wait_procs(tree, timeout=30)
 
 
-def beats_sft(answers: list[dict[str, Any]], config: Any) -> Any:
+def beats_sft(answers: list[dict[str, Any]]) -> Interval:
     """The win rate of a round's policy over SFT by the rule, on the same prompts."""
     sft = [{**row, "policy": "ppo"} for row in answers if row["policy"] == "sft"]
     pairs = pair_answers(answers, sft, "ppo")
     items = [Item(parse_prompt({"prompt": pair.prompt}).prompt, (pair.new, pair.current)) for pair in pairs]
     ranks = [said.ranks for said in rule(RULE).judge(items)]
-    return rate([outcome(-ours, -theirs) for ours, theirs in ranks], [pair.prompt for pair in pairs], config)
+    wins = [outcome(-ours, -theirs) for ours, theirs in ranks]
+    return win_rate(wins, [pair.prompt for pair in pairs], samples=2000, seed=0)
 
 
 def table(folder: Path) -> str:
@@ -97,7 +98,7 @@ def table(folder: Path) -> str:
     for place in sorted((folder / "rounds").glob("[0-9][0-9][0-9]")):
         decision = json.loads((place / "decision.json").read_text())
         answers = [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
-        sft = beats_sft(answers, load_params(place / "params.yaml").gate)
+        sft = beats_sft(answers)
         words = mean(len(row["text"].split()) for row in answers if row["policy"] == "ppo" and row["how"] == "sampled")
         kl = json.loads((place / "metrics/evaluate.json").read_text())["ppo"]["kl"]
         number, before, judged = decision["round"], "", ""
