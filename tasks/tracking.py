@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -63,7 +64,8 @@ def _now() -> int:
 def ensure_database(uri: str) -> None:
     """Create or upgrade a SQLite store once, under a file lock: processes that open a new one at once would die.
 
-    A file beside the database names the MLflow version that last did so; a store of another version is copied first.
+    A new one is made under another name and moved into place: MLflow cannot open one whose making was cut off. A file
+    beside the database names the MLflow version that last did so; a store of another version is copied first.
     """
     if not uri.startswith("sqlite:///"):
         return
@@ -78,12 +80,19 @@ def ensure_database(uri: str) -> None:
             return
         if database.is_file() and database.stat().st_size:
             shutil.copyfile(database, f"{database}.before-upgrade")
+        else:
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+            for left in database.parent.glob(f"{database.name}.new-*"):  # of a start that was killed
+                shutil.rmtree(left)
+            with TemporaryDirectory(dir=database.parent, prefix=f"{database.name}.new-") as folder:
+                new = Path(folder) / database.name
+                store = SqlAlchemyStore(f"sqlite:///{new}", str(database.parent / "mlartifacts"))
+                store.engine.dispose()
+                new.replace(database)
         engine = create_sqlalchemy_engine_with_retry(uri)
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # the UI reads while a stage writes
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        SqlAlchemyStore(uri, str(database.parent / "mlartifacts"))  # creates the tables where there are none
         _upgrade_db(engine)
         engine.dispose()
         marker.write_text(mlflow.__version__)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import Run
@@ -22,6 +23,7 @@ from tasks.tracking import (
     Parent,
     Replay,
     connect,
+    ensure_database,
     experiment_id,
     find_recorded_run,
     finish_pipeline_run,
@@ -95,6 +97,30 @@ def test_two_processes_open_a_new_database_at_once(tmp_path_factory: pytest.Temp
     shared = template(tmp_path_factory)  # spares the tests behind this one its making
     for child in make_by_two_processes(tmp_path / "mlflow.db" if shared.exists() else shared):
         assert child.returncode == 0, child.stderr
+
+
+def test_a_database_whose_making_was_cut_off_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database, made = tmp_path / "mlflow.db", []
+
+    def cut_off(engine: Any) -> None:
+        with engine.connect() as connection:  # what a kill leaves: some tables, and no word of what version they are
+            connection.exec_driver_sql("CREATE TABLE experiment_tags (key VARCHAR)")
+        made.append(engine)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.store.db.utils._initialize_tables", cut_off)
+        patch.setattr("mlflow.store.db.utils._all_tables_exist", lambda engine: False)
+        with pytest.raises(KeyboardInterrupt):
+            ensure_database(f"sqlite:///{database}")
+    assert len(made) == 1
+    assert not database.exists()
+    (tmp_path / "mlflow.db.new-killed").mkdir()  # a kill leaves its folder
+    (tmp_path / "mlflow.db.new-killed/mlflow.db").write_bytes(b"half of it")
+    for _ in range(2):
+        client = connect(f"sqlite:///{database}")
+    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
+    assert [path.name for path in tmp_path.glob("*.new*")] == []
 
 
 def check_recorded(uri: str) -> None:
