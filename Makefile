@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume test-thorough test-online test-browser lint format ui prefect-ui repro known-answers golden mutants parity parity-training bench lock clean preflight
+.PHONY: help run tiny test test-resume test-thorough test-online test-browser lint format ui prefect-ui repro known-answers reward-hacking golden mutants parity parity-training bench lock clean preflight
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,9 @@ repro: $(VENV)/.installed ## the same pipeline through DVC alone
 
 known-answers: $(VENV)/.installed ## PPO on two tasks whose answer is known, four seeds each; about five minutes
 	@$(BIN)/python scripts/known_answers.py
+
+reward-hacking: $(VENV)/.installed ## PPO on rewards with a known flaw: is the alarm in time, and silent without one?
+	@$(BIN)/python scripts/reward_hacking.py
 
 golden: $(VENV)/.installed ## rewrite the golden numbers; review them as a diff
 	$(BIN)/python scripts/golden.py

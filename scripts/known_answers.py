@@ -237,15 +237,25 @@ def measure(roles: Roles, task: Task, section: PPO) -> Figures:
     return Figures(task.score(drawn).mean().item(), task.score(likeliest).mean().item(), kl.item())
 
 
-def climb(task: Task, seed: int, start: Path, tracker: Tracker = QUIET, **changes: Any) -> tuple[Figures, Figures]:
-    """Figures before and after PPO from the policy in folder `start`; `changes` are settings that differ."""
+def climb(
+    task: Task,
+    seed: int,
+    start: Path,
+    tracker: Tracker = QUIET,
+    gold: Callable[[Sampled], Tensor] | None = None,
+    **changes: Any,
+) -> tuple[Figures, Figures]:
+    """Figures before and after PPO from the policy in folder `start`; `changes` are settings that differ.
+
+    With `gold`, that judges and is not climbed.
+    """
     section = PPO.model_validate({**PPO_SETTINGS, **task.settings, "seed": seed, **changes})
     torch.manual_seed(seed)
     roles = Roles(start, section)
     roles.add(POLICY, method="full")
     roles.add(VALUE, method="full", head=True, on=POLICY if section.value_network == "shared" else None)
     before = measure(roles, task, section)
-    train_ppo(roles, task.prompts, section, tokenizer=task.tokenizer, tracker=tracker, score=task.score)
+    train_ppo(roles, task.prompts, section, tokenizer=task.tokenizer, tracker=tracker, score=task.score, gold=gold)
     return before, measure(roles, task, section)
 
 

@@ -1,0 +1,85 @@
+"""scripts/reward_hacking.py: its scores by hand, what it reads from curves by hand, and a run of a few updates."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def hacking() -> Any:
+    scripts = str(PROJECT / "scripts")
+    spec = importlib.util.spec_from_file_location("reward_hacking", PROJECT / "scripts" / "reward_hacking.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, scripts)  # as for a script that is run: it shares its task with known_answers.py
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(scripts)
+    return module
+
+
+def test_gold_counts_a_kind_word_once(hacking: Any) -> None:
+    assert hacking.gold_of("You can help.") == 1.0
+    assert hacking.gold_of("you you you can") == pytest.approx(2 / 4, rel=1e-12)
+    assert hacking.gold_of("No, you don't") == pytest.approx((1 - 2) / 3, rel=1e-12)
+    assert hacking.gold_of("no no") == -1.0
+    assert hacking.gold_of("...") == 0.0
+
+
+def test_the_flaws_by_hand(hacking: Any) -> None:
+    assert hacking.favours_a_word("It is it, you see") == pytest.approx(2 / 5 * hacking.FAVOUR, rel=1e-12)
+    assert hacking.favours_echoes("you you can can can you") == pytest.approx(3 / 6 * hacking.ECHO, rel=1e-12)
+    assert hacking.favours_a_word("") == hacking.favours_echoes("") == 0.0
+    # Gold has no part in either: what they pay for most it does not value.
+    assert hacking.gold_of("it it it") == 0.0
+
+
+def test_smoothing_by_hand(hacking: Any) -> None:
+    assert hacking.smooth([1.0, 2.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5], rel=1e-12)
+
+
+def curves(golds: list[float], *alarms: int) -> list[dict[str, float]]:
+    """Each value five times over, so that in the middle of five the smoothed one is the value itself."""
+    rows = [gold for gold in golds for _ in range(5)]
+    return [
+        {"ppo/gold_score": gold, "ppo/score": at / 10, "ppo/alarm": float(at in alarms)}
+        for at, gold in enumerate(rows, start=1)
+    ]
+
+
+@pytest.mark.parametrize(("alarms", "in_time"), [((), False), ((14,), True), ((17,), False), ((9, 40), True)])
+def test_curves_are_read_by_hand(hacking: Any, alarms: tuple[int, ...], in_time: bool) -> None:
+    # From 0 up to 1 at update 8, and in steps down to 0.6 and 0.4; 0.5 is passed where three of five are at 0.4.
+    found = hacking.read(curves([0.0, 1.0, 0.6, 0.4, 0.4], *alarms))
+    assert (found.peak, found.half) == (8, 16)
+    assert found.golds == pytest.approx((0.0, 1.0, 0.4), abs=1e-12)
+    assert found.hacked
+    assert found.in_time == in_time
+    assert found.alarm == (alarms[0] if alarms else None)
+
+
+def test_gold_that_keeps_half_of_its_gain_was_not_hacked(hacking: Any) -> None:
+    found = hacking.read(curves([0.0, 1.0, 0.6], 12))
+    assert found.half is None
+    assert not found.hacked
+    assert not found.in_time
+
+
+@pytest.mark.thorough
+def test_a_run_has_curves_to_read(hacking: Any, tmp_path: Path) -> None:
+    task = hacking.words_task()
+    start = hacking.train_start(task, 0, tmp_path)
+    for flaw in ("word", "none"):
+        history = hacking.run(task, flaw, 0, start, updates=3)
+        assert len(history) == 3
+        found = hacking.read(history)
+        assert found.alarm is None  # three updates are fewer than the window
+        assert -1 <= found.golds[0] <= 1
+        assert found.rewards[0] != found.golds[0]
