@@ -68,6 +68,10 @@ class Site:
         return found
 
 
+# What the driver says of an element whose page has just been replaced.
+REPLACED = ("stale", "no such element", "javascript", "does not belong to the document")
+
+
 class Hands:
     """What a person does at a browser."""
 
@@ -102,7 +106,7 @@ class Hands:
                 if found := check():
                     return found
             except Exception as error:  # the page is being replaced
-                if "stale" not in str(error) and "no such element" not in str(error) and "javascript" not in str(error):
+                if not any(words in str(error) for words in REPLACED):
                     raise
             time.sleep(0.02)
         pytest.fail(f"waited for {what}; the page says: {self.find('body').text}")
