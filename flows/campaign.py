@@ -93,8 +93,8 @@ def open_campaign(
     in_rounds: Sequence[str] = (),
 ) -> Campaign:
     """Bring a campaign's workspace up to date with the project's code, or make one; raises as `open_workspace` does."""
-    begun = {"recipe": recipe, "overrides": overrides, "in_rounds": in_rounds}
-    campaign = Campaign(name, open_workspace(name, ONLINE, project=project, **begun))  # type: ignore[arg-type]
+    folder = open_workspace(name, ONLINE, project=project, recipe=recipe, overrides=overrides, in_rounds=in_rounds)
+    campaign = Campaign(name, folder)
     write_text(campaign.folder / "dvc.yaml", _stages(campaign))
     return campaign
 

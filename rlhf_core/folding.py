@@ -26,6 +26,7 @@ class Fold(NamedTuple):
     positions_GF: Tensor  # (G, F) long, in a row of its own
     sees_GFF: Tensor  # (G, F, F) bool, True where the first place attends to the second
     to_BS: Tensor  # (B, S) long, where among the folded places each place is found; padding at a group's first
+    groups: Sequence[tuple[int, int]]  # of each of G, as `alike` says them
 
     def fold(self, values_BS: Tensor) -> Tensor:
         """(G, F, ...) of (B, S, ...)."""
@@ -99,7 +100,8 @@ def fold_rows(mask_BS: Tensor, groups: Sequence[tuple[int, int]]) -> Fold:
     theirs_GFF = (owner_GF[:, None, :] == -1) | (owner_GF[:, :, None] == owner_GF[:, None, :])
     sees_GFF = theirs_GFF & (places_F[:, None] >= places_F)
     to_BS = _padded(to, 0) + torch.tensor(group_of)[:, None] * len(places_F)
-    return Fold(*(part.to(mask_BS.device) for part in (of_GF, positions_GF, sees_GFF, to_BS)))
+    of_GF, positions_GF, sees_GFF, to_BS = (part.to(mask_BS.device) for part in (of_GF, positions_GF, sees_GFF, to_BS))
+    return Fold(of_GF, positions_GF, sees_GFF, to_BS, groups)
 
 
 def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:

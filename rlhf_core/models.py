@@ -302,19 +302,21 @@ class Roles(nn.Module):
             folded: compute what neighbouring rows begin alike with once, here and in the roles' own layers.
         """
         ids_BS, mask_BS, predicts_BS = (part.to(self.device) for part in packed[:3])
-        rows = [tuple(ids_S[mask_S].tolist()) for ids_S, mask_S in zip(packed.ids_BS, packed.mask_BS, strict=True)]
-        groups = alike(rows) if folded and self.folds else [(1, len(row)) for row in rows]
-        fold = fold_rows(mask_BS, groups) if any(count > 1 for count, _ in groups) else None
-        rest = (ids_BS, mask_BS, predicts_BS, fold)
+        # Where nothing is shared, the ids take the states' place.
+        trunk = Trunk(ids_BS, ids_BS, mask_BS, predicts_BS)
+        if folded:
+            trunk = self.folded(trunk)
+        fold = trunk.fold
         if self.depth == 0:
-            return Trunk(ids_BS if fold is None else fold.fold(ids_BS), *rest)
+            return trunk
         if states is not None:
             kept_BSD = pad_sequence(list(states), batch_first=True)
-            return Trunk(kept_BSD if fold is None else fold.fold(kept_BSD), *rest)
+            return trunk._replace(states=kept_BSD if fold is None else fold.fold(kept_BSD))
         if cache is None:
-            return Trunk(self._lower(ids_BS, mask_BS, fold), *rest)
+            return trunk._replace(states=self._lower(ids_BS, mask_BS, fold))
+        rows = list(map(tuple, trunk.ids()))
         found, start = [], 0
-        for count, common in groups:
+        for count, common in fold.groups if fold is not None else [(1, len(row)) for row in rows]:
             ids = tuple(rows[start : start + count])
             states_FD = cache.states.get(ids)
             if states_FD is None:
@@ -325,7 +327,7 @@ class Roles(nn.Module):
                 cache.keep(ids, states_FD)
             found.append(states_FD)
             start += count
-        return Trunk(pad_sequence(found, batch_first=True), *rest)
+        return trunk._replace(states=pad_sequence(found, batch_first=True))
 
     def folded(self, trunk: Trunk) -> Trunk:
         """The same trunk with neighbouring rows that begin alike laid out as one, where the model bears it."""
