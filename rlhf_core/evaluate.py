@@ -26,7 +26,14 @@ from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.sft import encode_demonstrations, perplexity
-from rlhf_core.statistics import cluster_bootstrap, distinct_n, length_controlled_win_rate, longest_wins, win_rate
+from rlhf_core.statistics import (
+    cluster_bootstrap,
+    distinct_n,
+    length_controlled_win_rate,
+    longest_wins,
+    outcome,
+    win_rate,
+)
 from rlhf_core.tracking import Tracker
 
 POLICIES = ("base", "sft", "ppo")  # of every run; "dpo" may come on top
@@ -320,4 +327,4 @@ def _outcome(ours: Response, theirs: Response, score: Callable[[Response], float
     # The same answer is a tie, though it may have been computed beside other rows, and rounded otherwise.
     if (ours.text, ours.tokens, ours.stopped) == (theirs.text, theirs.tokens, theirs.stopped):
         return 0.5
-    return 1.0 if score(ours) > score(theirs) else 0.5 if score(ours) == score(theirs) else 0.0
+    return outcome(score(ours), score(theirs))

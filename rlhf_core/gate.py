@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
-from rlhf_core.statistics import Interval, length_controlled_win_rate, longest_wins, win_rate
+from rlhf_core.statistics import Interval, length_controlled_win_rate, longest_wins, outcome, win_rate
 
 
 class Pair(NamedTuple):
@@ -92,11 +92,6 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
     if not pairs:
         raise DataError(f"The answers of the new and the current policy {policy} share no prompt.")
     return pairs
-
-
-def outcome(ours: float, theirs: float) -> float:
-    """1 if ours is greater, ½ if they are equal, 0."""
-    return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
 
 
 def rates(wins: Sequence[float], longer: Sequence[float], prompts: Sequence[str], config: Gate) -> Rates:

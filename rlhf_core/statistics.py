@@ -73,6 +73,11 @@ def cluster_bootstrap(
     return Interval(float(sums.sum() / counts.sum()), low, high)
 
 
+def outcome(ours: float, theirs: float) -> float:
+    """1 if ours is greater, ½ if they are equal, 0."""
+    return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
+
+
 def win_rate(wins: ArrayLike, prompts: Sequence[Hashable], *, samples: int, seed: int, level: float = 0.95) -> Interval:
     """Share of comparisons won, ties half, with `cluster_bootstrap`'s interval over prompts.
 

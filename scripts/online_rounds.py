@@ -21,8 +21,8 @@ import psutil
 
 from rlhf_core.data import parse_prompt
 from rlhf_core.feedback.annotators import Item, rule
-from rlhf_core.gate import outcome, pair_answers
-from rlhf_core.statistics import Interval, win_rate
+from rlhf_core.gate import pair_answers
+from rlhf_core.statistics import Interval, outcome, win_rate
 
 RULE, COIN = "short", "random"
 KILLED_ROUND, STAGES = 2, ("preferences", "reward", "ppo", "evaluate")

@@ -12,8 +12,9 @@ from rlhf_core.config import Gate
 from rlhf_core.data import parse_prompt, read_rows
 from rlhf_core.errors import DataError
 from rlhf_core.feedback.annotators import Item, rule
-from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, outcome, pair_answers, rates
+from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates
 from rlhf_core.people import People, in_report, people_beside_gold
+from rlhf_core.statistics import outcome
 from tasks.stage import stage_run, write_json, write_text
 
 FOLDER = Path("artifacts/gate")

@@ -1,4 +1,4 @@
-"""Small random models that end their turns now and then."""
+"""Small random models that end their turns now and then, and what training would do to them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from rlhf_core.models import Roles
 from rlhf_core.tiny import make_llama
 
 
@@ -35,3 +36,12 @@ def _end_turns(model: PreTrainedModel, eos: int, *, share: float) -> None:
         head[eos] = direction * (low + high) / 2
         found = (hidden @ head.T).softmax(1)[:, eos].mean().item()
         low, high = (low, (low + high) / 2) if found > share else ((low + high) / 2, high)
+
+
+def perturb(roles: Roles, role: str, *, seed: int = 0) -> None:
+    """What training does to a role's parameters, in one go."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 0.02 if role in roles.full else 0.1
+    with torch.no_grad():
+        for parameter in roles.trainable(role):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)

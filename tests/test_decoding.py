@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import perturb
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,13 +26,6 @@ LLAMA3 = {
 
 def build(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> LlamaForCausalLM:
     return make_llama(tokenizer, seed=1, num_hidden_layers=3, initializer_range=0.2, **changes).eval()
-
-
-def perturb(roles: Roles, role: str) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in roles.trainable(role):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 @torch.no_grad()
@@ -97,11 +91,11 @@ def test_an_adapter_that_is_on_has_its_say(llama: Path, section: Callable[..., A
     roles = Roles(llama, section("ppo"))
     for role in ("policy", "other"):
         roles.add(role)
-    perturb(roles, "policy")
+    perturb(roles, "policy", seed=3)
     for role in ("policy", "other", REFERENCE, "policy"):
         steps_agree(roles.language_model(role), keep_depth=roles.depth)
     before = decoder(roles.language_model("policy"), PROMPTS, max_tokens=1, pad_id=0, keep_depth=0).start()
-    perturb(roles, "policy")  # learning in place
+    perturb(roles, "policy", seed=3)  # learning in place
     steps_agree(roles.language_model("policy"), keep_depth=roles.depth)
     after = decoder(roles.language_model("policy"), PROMPTS, max_tokens=1, pad_id=0, keep_depth=0).start()
     assert not torch.allclose(before, after, atol=1e-2)
@@ -124,7 +118,7 @@ def test_only_what_has_changed_is_laid_out_again(
 
     assert layers_made("policy") == 3
     assert layers_made("policy") == 0
-    perturb(roles, "policy")
+    perturb(roles, "policy", seed=3)
     assert layers_made("policy") == 1
     assert layers_made(REFERENCE) == 1
     assert layers_made("whole") == 3
@@ -181,7 +175,7 @@ def test_what_is_no_plain_llama_falls_back(gpt2: Path, tokenizer: PreTrainedToke
 def test_states_kept_while_sampling_are_the_trunk(llama: Path, section: Callable[..., Any]) -> None:
     roles = Roles(llama, section("ppo"))
     roles.add("policy")
-    perturb(roles, "policy")
+    perturb(roles, "policy", seed=3)
     found = sample(
         roles.language_model("policy"), PROMPTS * 4, max_tokens=9, temperature=1.0, stop_id=2, pad_id=0,
         generator=torch.Generator().manual_seed(1), keep_depth=roles.depth,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import perturb
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -32,10 +33,7 @@ def perturbed(folder: Path, config: Any, **options: Any) -> Roles:
     torch.manual_seed(0)  # of the fresh head
     roles = Roles(folder, config)
     roles.add("reward", head=True, **options)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in roles.trainable("reward"):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    perturb(roles, "reward")
     return roles
 
 

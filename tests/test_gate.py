@@ -7,9 +7,9 @@ from toy import PROJECT
 
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
-from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, outcome, pair_answers, rates
+from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates
 from rlhf_core.people import in_report, people_beside_gold
-from rlhf_core.statistics import Interval, length_controlled_win_rate
+from rlhf_core.statistics import Interval, length_controlled_win_rate, outcome
 
 VALUES: dict[str, Any] = {
     "seed": 0,

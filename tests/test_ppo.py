@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import perturb
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -22,15 +23,6 @@ from rlhf_core.tracking import MemoryTracker, NullTracker
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 PROMPTS = [[7, 20, 35], [12, 5, 77, 31, 8, 64, 19], [40, 41], [9, 10, 11, 12, 13], [100, 101, 102, 103]]
 NORMALISER = Normaliser(0.3, 0.7, 1.0)
-
-
-def perturb(roles: Roles, role: str, *, seed: int = 0) -> None:
-    """What training does to a role's parameters, in one go."""
-    generator = torch.Generator().manual_seed(seed)
-    size = 0.02 if role in roles.full else 0.1
-    with torch.no_grad():
-        for parameter in roles.trainable(role):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 @pytest.fixture
