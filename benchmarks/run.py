@@ -1,7 +1,7 @@
 """Measures ours and TRL's on the same work, in turn, and writes benchmarks/results.json and docs/performance.md.
 
     make bench                      all of it
-    make bench OPTIONS="--only ppo generation"
+    make bench OPTIONS="--only ppo_update generation"
 
 Every measurement is a process of its own. Rounds alternate, so that a machine that is busier for some minutes is so for
 both. Each part that is done is written down at once, and --only leaves the other parts of results.json as they were.

@@ -1,7 +1,7 @@
 """Three online rounds by a written rule, and a fourth by a coin: `python scripts/online_rounds.py`, an hour or so.
 
 On the default model. In the second round each stage is killed with -9 once at its work, and the same command goes on.
-Prints the table of docs/online.md: by the rule, how often each round's policy beats the one before it and the SFT
+Prints a table: by the rule, how often each round's policy beats the one before it and the SFT
 policy. Start it again and it goes on where it was, since a campaign does.
 
     python scripts/online_rounds.py [NAME] [rlhf online run's options, such as --recipe tiny or -S section.key=value]
