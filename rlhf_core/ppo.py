@@ -74,7 +74,7 @@ def add_roles(
     Args:
         start: a folder with policy/ and value/ of an earlier run, to continue from those.
         cost_axis: the axis of the reward model whose cost is limited; the value model then has a head for that too.
-        value_network: shared leaves the value model no more than its head, on the policy.
+        value_network: shared leaves the value model no more than its head, on the policy; afresh it begins at 0.
 
     Raises:
         ConfigError: the reward model has no such axis, or the earlier run had the other value_network.
@@ -96,6 +96,9 @@ def add_roles(
         head: Any = roles.heads[VALUE]
         head.weight.div_(std)
         head.bias.sub_(mean).div_(std)
+        if on is not None:  # on hidden states that it was not trained on it would be worse than no baseline
+            for parameter in roles.trainable(VALUE):
+                parameter.zero_()
     roles.normalisers[VALUE] = Normaliser()
 
 

@@ -88,15 +88,14 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_the_head_starts_as_the_reward_models_normalised_and_reads_the_policy(
-    llama: Path, ready: Callable[..., Roles]
-) -> None:
-    roles = ready(llama)
+def test_the_heads_start_at_0_and_read_the_policy(llama: Path, ready: Callable[..., Roles]) -> None:
+    roles = ready(llama, cost_axis="harmless")
     perturb(roles, POLICY, seed=5)
-    head, theirs = roles.heads[VALUE], roles.heads[REWARD]
-    close(head.weight, theirs.weight / 0.7)
-    close(head.bias, (theirs.bias - 0.3) / 0.7)
-    assert [list(value.shape) for value in roles.trainable(VALUE)] == [[1, 32], [1]]
+    assert [list(value.shape) for value in roles.trainable(VALUE)] == [[1, 32], [1], [1, 32], [1]]
+    assert not any(value.any() for value in roles.trainable(VALUE))
+    assert roles.heads[REWARD].weight.all()
+    perturb(roles, VALUE, seed=6)
+    head = roles.heads[VALUE]
     trunk = roles.trunk(pack(PROMPTS, None, 0))
     rows_B = torch.arange(len(PROMPTS))
     last_BD = roles.hidden(trunk, POLICY)[rows_B, trunk.mask_BS.sum(1) - 1]
@@ -208,6 +207,7 @@ def test_the_values_loss_moves_the_body_by_its_weight(
     llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     roles = ready(llama)
+    perturb(roles, VALUE, seed=7)  # through a head of zeros nothing passes
     rollouts = measured(roles, section("ppo", value_network="shared"), tokenizer)
     rollouts = rollouts._replace(advantages_BT=torch.zeros_like(rollouts.advantages_BT))  # nothing from the policy
     found = {}
@@ -243,6 +243,7 @@ def test_recomputing_layers_changes_no_gradient(
     llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     roles, config = ready(llama), section("ppo", value_network="shared")
+    perturb(roles, VALUE, seed=7)
     rollouts = measured(roles, config, tokenizer)
     found = []
     for recompute in (False, True):
