@@ -20,7 +20,7 @@ from rlhf_core import processes
 from rlhf_core.best_of_n import best_of_n
 from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
-from rlhf_core.ensemble import member_scores
+from rlhf_core.ensemble import SEED_STEP, member_scores
 from rlhf_core.folding import batches
 from rlhf_core.models import REFERENCE, Roles, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
@@ -107,8 +107,9 @@ def evaluate_policies(
     done = 0
     for policy in policies:
         roles, role = (base if policy == "base" else tuned), (REFERENCE if policy in ("base", "sft") else policy)
-        # Every policy draws the same random numbers, so that differences are the policies' own.
-        generator = torch.Generator().manual_seed(config.seed)
+        # Every policy draws the same random numbers, so that differences are the policies' own. What SFT says beyond
+        # its samples draws others, or its samples of a later part would not be those of the rest.
+        generator, beyond = (torch.Generator().manual_seed(config.seed + apart) for apart in (0, SEED_STEP))
         by_turn: list[list[Response]] = [[] for _ in range(config.samples_per_prompt + 1 + more * (policy == "sft"))]
         for start in parts:
             answers: list[Sampled] = []  # one of each prompt a turn
@@ -121,7 +122,7 @@ def evaluate_policies(
                         temperature=config.temperature,
                         stop_id=tokenizer.eos_token_id,
                         pad_id=tokenizer.pad_token_id,
-                        generator=generator,
+                        generator=generator if turn <= config.samples_per_prompt else beyond,
                         greedy=turn == 0,
                         keep_depth=tuned.depth if roles is tuned else 0,
                         logprobs=policy != "sft",

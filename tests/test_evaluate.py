@@ -315,9 +315,16 @@ def test_the_kl_of_dpo_is_its_own(llama: Path, folders: Callable[..., Any], sect
     assert sum(one.kl for one in found.sampled["dpo"]) > 0.1
 
 
+@pytest.mark.parametrize("at_once", [128, 2])
 def test_baselines_change_no_number_of_the_others(
-    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any
+    llama: Path,
+    folders: Callable[..., Any],
+    section: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
 ) -> None:
+    monkeypatch.setattr(evaluate, "SAMPLED_ROWS", at_once)  # where 2, the third prompt is answered after the others
     places = folders(move=True)
     moved = run(llama, places, section("evaluate"), tokenizer)
     beside = run(llama, places, section("evaluate", best_of_n=(4,)), tokenizer, dpo=True)
@@ -331,14 +338,22 @@ def test_baselines_change_no_number_of_the_others(
 
 
 def test_the_best_of_n_is_picked_by_the_reward_model_among_all_that_sft_said(
-    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any
+    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = folders(move=True)
-    # SFT alone says five responses a prompt where five are asked for: the two samples and three more.
-    every = run(llama, places, section("evaluate", samples_per_prompt=5), tokenizer).sampled["sft"]
+    places, every = folders(move=True), []
+    pick = evaluate._best_of_n
+
+    def watched(said: Any, sizes: Any) -> Any:
+        every.extend(said)
+        return pick(said, sizes)
+
+    monkeypatch.setattr(evaluate, "_best_of_n", watched)
     found = run(llama, places, section("evaluate", best_of_n=(2, 5)), tokenizer)
     assert set(found.metrics["best_of_n"]) == {"2", "5"}
     assert len(found.sampled["sft"]) == 6
+    assert every[:6] == found.sampled["sft"]
+    assert [one.prompt for one in every[6:]] == [0, 1, 2] * 3  # and three more of each prompt, up to five
+    assert all(len({one.text for one in every if one.prompt == n}) > 2 for n in range(3))  # not the samples again
     best = [max((one for one in every if one.prompt == n), key=lambda one: one.reward) for n in range(3)]
     assert found.metrics["best_of_n"]["5"] == pytest.approx(
         {
