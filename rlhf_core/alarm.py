@@ -6,10 +6,11 @@ does about an alarm in ppo.py. Why the rule is as it is: docs/reward-hacking.md.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import cache
-from itertools import combinations
 from statistics import median
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 PROXY, GOLD, REPETITION = "ppo/score", "ppo/gold_score", "ppo/repetition"
 FALL_LEVEL = 0.001  # of a sign's trend test; docs/reward-hacking.md tells the false alarms a run that follow from it
@@ -72,16 +73,24 @@ def find_alarms(history: Sequence[Mapping[str, Any]], window: int) -> list[Alarm
             watched have no "ppo/repetition".
         window: how many watched updates are looked at together.
     """
-    watched = [(update, row) for update, row in enumerate(history, start=1) if row.get(REPETITION) not in (None, "")]
     found: list[Alarm] = []
-    fresh = 0  # the first that no alarm has looked at
-    for end in range(1, len(watched) + 1):
-        if end - fresh >= window:
-            alarm = _judge(watched[:window], watched[: end - window], watched[end - window : end])
-            if alarm is not None:
-                found.append(alarm)
-                fresh = end
+    for end in range(1, len(history) + 1):
+        alarm = alarm_now(history[:end], window, last=found[-1].update if found else 0)
+        found += [] if alarm is None else [alarm]
     return found
+
+
+def alarm_now(history: Sequence[Mapping[str, Any]], window: int, *, last: int) -> Alarm | None:
+    """The alarm that the last update of a history raises, if any: what a loop asks after each, and no more.
+
+    Args:
+        last: the update of the alarm before; 0 for none.
+    """
+    watched = [(update, row) for update, row in enumerate(history, start=1) if row.get(REPETITION) not in (None, "")]
+    fresh = sum(update > last for update, _ in watched)  # those that no alarm has looked at
+    if fresh < window or watched[-1][0] != len(history):
+        return None
+    return _judge(watched[:window], watched[:-window], watched[-window:])
 
 
 Rows = Sequence[tuple[int, Mapping[str, Any]]]
@@ -133,7 +142,9 @@ def _change(metric: str, words: str, first: Rows, last: Rows) -> Change:
 
 def _slope(values: Sequence[float]) -> float:
     """The median of the slopes between all pairs, a step (Theil 1950; Sen 1968)."""
-    return median((values[j] - values[i]) / (j - i) for i, j in combinations(range(len(values)), 2))
+    first, second = np.triu_indices(len(values), 1)
+    at = np.asarray(values)
+    return float(np.median((at[second] - at[first]) / (second - first)))
 
 
 def trend_level(values: Sequence[float], *, down: bool = False) -> float:
@@ -148,25 +159,27 @@ def trend_level(values: Sequence[float], *, down: bool = False) -> float:
         values: in order of time.
         down: test for a fall rather than a rise.
     """
-    score = sum((later > earlier) - (later < earlier) for earlier, later in combinations(values, 2))
-    counts = _inversions(len(values))
+    at = np.asarray(values, dtype=np.float64)
+    rises_NN, falls_NN = at[None, :] > at[:, None], at[None, :] < at[:, None]
+    score = int(np.triu(rises_NN).sum()) - int(np.triu(falls_NN).sum())
     pairs = len(values) * (len(values) - 1) // 2
     # S = pairs − 2 · inversions
     most = (pairs - (-score if down else score)) // 2
-    return sum(counts[: most + 1]) / sum(counts)
+    return float(_inversions(len(values))[most])
 
 
-@cache
-def _inversions(size: int) -> tuple[int, ...]:
-    """How many orders of so many things have 0, 1, 2 … pairs the wrong way round."""
-    counts = [1]
-    for placed in range(2, size + 1):
-        longer = [0] * (len(counts) + placed - 1)
-        for inversions, count in enumerate(counts):
-            for more in range(placed):
-                longer[inversions + more] += count
-        counts = longer
-    return tuple(counts)
+# By size: with a window of 200, PPO asks for every size from there to 400.
+_SHARES: list[NDArray[np.float64]] = [np.ones(1), np.ones(1)]
+
+
+def _inversions(size: int) -> NDArray[np.float64]:
+    """The share of all orders of so many things that have at most 0, 1, 2 … pairs the wrong way round."""
+    while len(_SHARES) <= size:
+        more, before = len(_SHARES), _SHARES[-1]
+        # One thing more stands behind any number of the others, all equally likely: the mean of as many shares.
+        sums = np.cumsum(np.concatenate([np.zeros(more), before, np.ones(more - 1)]))
+        _SHARES.append((sums[more:] - sums[:-more]) / more)
+    return _SHARES[size]
 
 
 def repetition(tokens: Sequence[Hashable], n: int = NGRAM) -> float:

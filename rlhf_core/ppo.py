@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import processes
-from rlhf_core.alarm import LOWERED, find_alarms
+from rlhf_core.alarm import LOWERED, alarm_now
 from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
 from rlhf_core.config import PPO, ValueNetwork
 from rlhf_core.ensemble import load_ensemble, member_scores, members_of
@@ -221,8 +221,8 @@ def train_ppo(
         if config.watch_every and (update - 1) % config.watch_every == 0:
             size = config.micro_batch_size
             metrics |= measure_watched(roles, sampled, rollouts.trunk, micro_batch_size=size, gold=gold)
-            raised = find_alarms([*history, metrics], config.watch_window)
-            alarm = raised[-1] if raised and raised[-1].update == update else None
+            last = max((at for at, row in enumerate(history, start=1) if row.get("ppo/alarm")), default=0)
+            alarm = alarm_now([*history, metrics], config.watch_window, last=last)
             metrics["ppo/alarm"] = float(alarm is not None)
             if alarm is not None:
                 tracker.remark("ppo/alarm", alarm.text())

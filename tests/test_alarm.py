@@ -2,12 +2,26 @@
 
 import json
 import random
-from itertools import pairwise, permutations
+import time
+from itertools import accumulate, pairwise, permutations
+from math import factorial
 from typing import Any
 
 import pytest
 
-from rlhf_core.alarm import FALL_LEVEL, GOLD, PROXY, REPETITION, Alarm, find_alarms, repetition, trend_level
+from rlhf_core import alarm as rule
+from rlhf_core.alarm import (
+    FALL_LEVEL,
+    GOLD,
+    PROXY,
+    REPETITION,
+    RISE_LEVEL,
+    Alarm,
+    alarm_now,
+    find_alarms,
+    repetition,
+    trend_level,
+)
 
 LENGTH, PERPLEXITY, SPREAD = "ppo/response_length", "ppo/perplexity", "ppo/score_spread"
 WINDOW = 10
@@ -57,6 +71,19 @@ def test_a_trend_is_as_likely_as_over_all_orders(size: int) -> None:
         assert trend_level(values) == pytest.approx(expected, rel=1e-12)
         expected = sum(score(other) <= score(values) for other in orders) / len(orders)
         assert trend_level(values, down=True) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 10, 20, 40, 120])
+def test_levels_are_those_of_whole_numbers(size: int) -> None:
+    counts = [1]  # of the orders with 0, 1, 2 … pairs the wrong way round
+    for more in range(2, size + 1):
+        below = [0, *accumulate([*counts, *[0] * (more - 1)])]
+        counts = [below[at + 1] - below[max(at + 1 - more, 0)] for at in range(len(below) - 1)]
+    assert sum(counts) == factorial(size)
+    exact = [below / factorial(size) for below in accumulate(counts)]
+    assert rule._inversions(size) == pytest.approx(exact, rel=1e-11, abs=1e-300)  # less than that is no number
+    for level in (FALL_LEVEL, RISE_LEVEL):
+        assert (rule._inversions(size) <= level).tolist() == [share <= level for share in exact]
 
 
 def test_equal_values_are_no_trend() -> None:
@@ -159,6 +186,31 @@ def test_the_alarms_so_far_do_not_hang_on_what_comes_later() -> None:
     whole = find_alarms(history, WINDOW)
     for end in range(len(history)):
         assert find_alarms(history[:end], WINDOW) == [alarm for alarm in whole if alarm.update <= end]
+
+
+def test_the_last_update_alone_is_told_as_in_the_whole_run() -> None:
+    every = rows(60, gold=after(24, -0.1, 1.0))
+    history = [row if place % 2 == 0 else {PROXY: 99.0} for place, row in enumerate(every)]
+    found: list[Alarm] = []
+    for end in range(1, len(history) + 1):
+        alarm = alarm_now(history[:end], WINDOW, last=found[-1].update if found else 0)
+        assert alarm is None or alarm.update == end
+        found += [] if alarm is None else [alarm]
+    assert found == find_alarms(history, WINDOW)
+    assert len(found) > 1
+
+
+def test_a_long_run_with_the_widest_window_takes_seconds_in_all() -> None:
+    draw = random.Random(0)
+    # Every sign is on its way and none has got far, so that all of them are looked at after each update.
+    slow = {"length": lambda update: 30 + 0.01 * update, "perplexity": lambda update: 6 + 0.001 * update}
+    slow["gold"] = lambda update: min(update, 100) - 0.01 * max(update - 100, 0)
+    history = rows(400, **slow, proxy=lambda update: 0.01 * update + draw.gauss(0, 0.1))
+    began = time.process_time()
+    for end in range(1, len(history) + 1):
+        alarm_now(history[:end], 200, last=0)
+    assert time.process_time() - began < 20  # it takes one; with every order counted anew it would be days
+    assert find_alarms(history, 200) == []
 
 
 def noisy(updates: int, seed: int, *, gold: bool, memory: float = 0.0) -> list[Alarm]:

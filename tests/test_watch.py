@@ -52,10 +52,11 @@ def alarmed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """An alarm at the updates that are named, whatever was measured."""
 
     def at(*updates: int, since: int = 1) -> None:
-        def find(history: Any, window: int) -> list[Alarm]:
-            return [Alarm(update, since, (RISING,)) for update in updates if update <= len(history)]
+        def now(history: Any, window: int, *, last: int) -> Alarm | None:
+            assert last == max((update for update in updates if update < len(history)), default=0)
+            return Alarm(len(history), since, (RISING,)) if len(history) in updates else None
 
-        monkeypatch.setattr(ppo, "find_alarms", find)
+        monkeypatch.setattr(ppo, "alarm_now", now)
 
     return at
 
