@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +26,7 @@ from rlhf_core.records import Demonstration, Message, Prompt, Ranking
 SPLITS = ("train", "validation", "test", "gold")
 SHOWN = 10  # bad rows named in the error
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_HALF = re.compile(r"[\ud800-\udfff]")  # of a character that JSON writes as two; no file in UTF-8 can hold it
 Record = TypeVar("Record", Demonstration, Ranking, Prompt)
 
 
@@ -107,13 +109,13 @@ def _from_hub(repo: str, revision: str | None, split: str) -> Iterable[Any]:
 def parse_demonstration(row: Any) -> Demonstration:
     """A row with prompt and response."""
     fields = _object(row)
-    return Demonstration(_prompt(fields), _text(fields, "response"), _category(fields))
+    return Demonstration(_prompt(fields), _text(fields, "response"), _label(fields, "category"))
 
 
 def parse_prompt(row: Any) -> Prompt:
     """A row with prompt and, where told, category."""
     fields = _object(row)
-    return Prompt(_prompt(fields), _category(fields))
+    return Prompt(_prompt(fields), _label(fields, "category"))
 
 
 def parse_ranking(row: Any) -> Ranking:
@@ -138,9 +140,9 @@ def parse_ranking(row: Any) -> Ranking:
         (chosen, rejected),
         (1, 2),
         margin=_margin(fields),
-        source=str(fields.get("source", "")),
-        annotator=str(fields.get("annotator", "")),
-        category=_category(fields),
+        source=_label(fields, "source"),
+        annotator=_label(fields, "annotator"),
+        category=_label(fields, "category"),
     )
 
 
@@ -158,6 +160,7 @@ def _ranking(fields: Mapping[str, Any]) -> Ranking:
     for index, text in enumerate(responses):
         if not isinstance(text, str) or not text.strip():
             raise BadField(f"responses[{index}]", _shown(text), "a text that is not empty")
+        _unbroken(f"responses[{index}]", text)
     ranks: Any = fields.get("ranks")
     whole = isinstance(ranks, (list, tuple)) and all(type(rank) is int and rank >= 1 for rank in ranks)
     if not whole or len(ranks) != len(responses):
@@ -167,6 +170,7 @@ def _ranking(fields: Mapping[str, Any]) -> Ranking:
         if not isinstance(scores, dict):
             raise BadField("scores", _shown(scores), "lists of numbers by axis, such as {helpfulness: [4, 2]}")
         for axis, values in scores.items():
+            _unbroken("scores", axis)
             if not isinstance(values, list) or len(values) != len(responses) or not all(map(_is_number, values)):
                 raise BadField(f"scores.{axis}", _shown(values), f"{len(responses)} numbers, one a response")
     return Ranking(
@@ -175,9 +179,9 @@ def _ranking(fields: Mapping[str, Any]) -> Ranking:
         tuple(ranks),
         margin=_margin(fields),
         scores=scores,
-        source=str(fields.get("source", "")),
-        annotator=str(fields.get("annotator", "")),
-        category=_category(fields),
+        source=_label(fields, "source"),
+        annotator=_label(fields, "annotator"),
+        category=_label(fields, "category"),
     )
 
 
@@ -190,7 +194,7 @@ def _object(row: Any) -> Mapping[str, Any]:
 def _prompt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     value = fields.get("prompt")
     if isinstance(value, str) and value.strip():
-        return (("user", value.strip()),)
+        return (("user", _unbroken("prompt", value.strip())),)
     turns = value if isinstance(value, list) else None
     if not turns or not all(
         isinstance(turn, dict)
@@ -202,7 +206,7 @@ def _prompt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
         raise BadField("prompt", _shown(value), "a text that is not empty, or chat messages with role and content")
     if turns[-1]["role"] != "user":
         raise BadField("prompt", f"a last message by {turns[-1]['role']}", "the last message by user")
-    return tuple((turn["role"], turn["content"].strip()) for turn in turns)
+    return tuple((turn["role"], _unbroken("prompt", turn["content"].strip())) for turn in turns)
 
 
 def _dialogue(field: str, text: str) -> tuple[tuple[Message, ...], str]:
@@ -223,11 +227,19 @@ def _text(fields: Mapping[str, Any], field: str) -> str:
     value = fields.get(field)
     if not isinstance(value, str) or not value.strip():
         raise BadField(field, _shown(value), "a text that is not empty")
-    return value if value.startswith("\n\nHuman:") else value.strip()
+    return _unbroken(field, value if value.startswith("\n\nHuman:") else value.strip())
 
 
-def _category(fields: Mapping[str, Any]) -> str:
-    return str(fields.get("category", ""))
+def _label(fields: Mapping[str, Any], field: str) -> str:
+    return _unbroken(field, str(fields.get(field, "")))
+
+
+def _unbroken(field: str, text: str) -> str:
+    """The text, which has to be one that can be written."""
+    if half := _HALF.search(text):
+        found = f"half a character, {half.group()!r}, after {half.start()} whole ones"
+        raise BadField(field, found, "whole characters alone")
+    return text
 
 
 def _is_number(value: Any) -> bool:
@@ -429,7 +441,9 @@ def _as_row(record: Demonstration | Ranking | Prompt) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: Iterable[Any]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    # A row set aside may hold half a character, which becomes its escape, or a date or bytes from a Parquet column.
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 # ---- text to ids
@@ -440,6 +454,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message],
 
     Args:
         system: the project's system turn; "" for none, whatever the template would insert by itself.
+
+    Raises:
+        BadField: the template refuses the prompt's messages.
+        DataError: it refuses every system turn, and the project has one.
     """
     return tokenizer(render_prompt(tokenizer, prompt, system), add_special_tokens=False)["input_ids"]
 
@@ -463,21 +481,35 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message],
         try:
             return _template(tokenizer, turns, True)
         except Exception as error:  # templates refuse a role by raising whatever they like
+            if prompt[0][0] == "system" or _takes_system(tokenizer):
+                raise _refused(turns, error) from error
             raise DataError(
                 f"The base model's chat template takes no system turn ({error}). "
                 "Set prepare.system to '' in params.yaml, and leave system messages out of the prompts."
             ) from error
     # A template may insert a system turn of its own where none is given. Give it an empty one, and cut that off.
     empty = {"role": "system", "content": ""}
-    try:
+    with suppress(Exception):  # as above
         whole, opening = _template(tokenizer, [empty, *turns], True), _template(tokenizer, [empty], False)
-    except Exception:  # as above
+        if whole.startswith(opening):
+            return _before_turns(tokenizer) + whole.removeprefix(opening)
+    try:
         return _template(tokenizer, turns, True)
-    return (
-        _before_turns(tokenizer) + whole.removeprefix(opening)
-        if whole.startswith(opening)
-        else _template(tokenizer, turns, True)
-    )
+    except Exception as error:  # as above
+        raise _refused(turns, error) from error
+
+
+def _refused(turns: list[dict[str, str]], error: Exception) -> BadField:
+    by = ", ".join(turn["role"] for turn in turns)
+    found = f"messages by {by}, which the base model's chat template refuses ({error})"
+    return BadField("prompt", found, "messages as it takes them, such as by user and assistant in turn")
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    with suppress(Exception):  # as above
+        _template(tokenizer, [{"role": role, "content": "hi"} for role in ("system", "user")], True)
+        return True
+    return False
 
 
 def _before_turns(tokenizer: PreTrainedTokenizerBase) -> str:

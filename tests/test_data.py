@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_core.config import Prepare
 from rlhf_core.data import (
     SPLITS,
+    BadField,
     Prepared,
     encode_prompt,
     encode_response,
@@ -173,6 +175,7 @@ def bad(prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
 PROMPT_EXPECTED = "a text that is not empty, or chat messages with role and content"
 TEXT_EXPECTED = "a text that is not empty"
 DIALOGUE_EXPECTED = "a dialogue from '\\n\\nHuman: ' to a last '\\n\\nAssistant: ' turn"
+HALF = "found half a character, '\\ud83d', after 3 whole ones, expected whole characters alone"
 BAD_DEMONSTRATIONS = [
     ("{broken", "row: found '{broken', expected one JSON object a line"),
     ([1], "row: found [1], expected one JSON object a line"),
@@ -198,6 +201,10 @@ BAD_DEMONSTRATIONS = [
     (bad(response="\n "), f"response: found '\\n ', expected {TEXT_EXPECTED}"),
     (bad(response=7), f"response: found 7, expected {TEXT_EXPECTED}"),
     (bad("x" * 200), f"response: found nothing, expected {TEXT_EXPECTED}"),
+    (bad(response="hi \ud83d"), f"response: {HALF}"),
+    (bad("hi \ud83d", response="x"), f"prompt: {HALF}"),
+    (bad([{"role": "user", "content": "hi \ud83d"}], response="x"), f"prompt: {HALF}"),
+    (bad(response="x", category="hi \ud83d"), f"category: {HALF}"),
 ]
 BAD_RANKINGS = [
     ({}, "row: found fields none, expected responses and ranks, or chosen and rejected"),
@@ -257,6 +264,10 @@ BAD_RANKINGS = [
         {"chosen": "\n\nHuman: a", "rejected": HH.format("a")},
         f"chosen: found '\\n\\nHuman: a', expected {DIALOGUE_EXPECTED}",
     ),
+    (bad(responses=["a", "hi \ud83d"], ranks=[1, 2]), f"responses[1]: {HALF}"),
+    (bad(responses=["a", "b"], ranks=[1, 2], scores={"hi \ud83d": [1, 2]}), f"scores: {HALF}"),
+    (bad(chosen="hi \ud83d", rejected="b"), f"chosen: {HALF}"),
+    (bad(chosen="a", rejected="b", annotator="hi \ud83d"), f"annotator: {HALF}"),
 ]  # fmt: skip
 
 
@@ -324,6 +335,28 @@ def test_quarantine_sets_bad_rows_aside_and_counts_them(
     assert [(row["line"], row["field"], row["row"]) for row in kept] == [
         (61, "response", {"prompt": "no answer"}),
         (62, "row", "{broken"),
+    ]
+
+
+def test_quarantine_takes_what_json_or_utf_8_cannot_hold(
+    config: Callable[..., Prepare],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "downloads"))
+    datasets.disable_progress_bars()
+    columns = [{"prompt": "ü", "response": "", "when": datetime(2024, 5, 1), "raw": b"\xff"}]
+    datasets.Dataset.from_list(columns).to_parquet(str(tmp_path / "rows.parquet"))
+    halves = write_lines(tmp_path / "halves.jsonl", [{"prompt": "x", "response": "hi \ud83d"}])
+    sources = [*config().demonstrations, str(tmp_path / "rows.parquet"), halves]
+    prepared = prepare(config(demonstrations=sources, on_bad_row="quarantine"), tokenizer, 256)
+    write_prepared(prepared, tmp_path / "out")
+    kept = [row["row"] for _, row in read_rows(str(tmp_path / "out" / "quarantine.jsonl"))]
+    assert kept == [
+        {"prompt": "ü", "response": "", "when": "2024-05-01 00:00:00", "raw": "b'\\xff'"},
+        {"prompt": "x", "response": "hi \ud83d"},
     ]
 
 
@@ -544,6 +577,11 @@ INSERTS = (
     + OPEN
 )
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + BODY + OPEN
+# as Gemma's and Mistral's; the one takes no system turn, the other one before the rest
+TURNS = (
+    "{% for m in messages if m['role'] != 'system' %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"
+)
 BOS = "{{ bos_token }}" + BODY + OPEN
 # as Llama 3.1's, which looks at the first message before it writes any
 BOS_LOOKS = "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% endif %}" + BODY + OPEN
@@ -595,6 +633,29 @@ def test_a_system_turn_that_the_template_refuses_is_the_users_to_mend() -> None:
         DataError, match=r"takes no system turn \(No system role\)\. Set prepare\.system to '' in params"
     ):
         render_prompt(speaking(REFUSES), HI, "Be brief.")
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("own", [(), (("system", "Be kind."),)])
+def test_messages_that_the_template_refuses_are_a_bad_field(system: str, own: Any) -> None:
+    tokenizer = speaking(TURNS + BODY + OPEN)
+    assert render_prompt(tokenizer, (*own, *HI), system).endswith(USER)
+    with pytest.raises(BadField, match=r"prompt: found messages by (system, )?user, user, .*\(Roles must alternate\)"):
+        render_prompt(tokenizer, (*own, *HI, *HI), system)
+
+
+def test_a_rows_own_system_turn_that_the_template_refuses_is_a_bad_field() -> None:
+    with pytest.raises(BadField, match=r"prompt: found messages by system, user, .*\(No system role\), expected"):
+        render_prompt(speaking(REFUSES), (("system", "Be kind."), *HI), "Be brief.")
+    with pytest.raises(DataError, match="takes no system turn"):  # which is no row's fault
+        render_prompt(speaking(REFUSES + TURNS), (*HI, *HI), "Be brief.")
+
+
+def test_a_row_that_the_template_refuses_is_named(config: Callable[..., Prepare], tmp_path: Path) -> None:
+    twice = [{"role": "user", "content": text} for text in ("hi", "are you there?")]
+    source = write_lines(tmp_path / "bad.jsonl", [*demonstrations(1), {"prompt": twice, "response": "yes"}])
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2, prompt: found messages by user, user, which the base"):
+        prepare(config(demonstrations=[source]), speaking(TURNS + BODY + OPEN), 256)
 
 
 def test_ids_are_those_of_the_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
