@@ -6,7 +6,7 @@ What it measures of itself, and the statistics that are stored with it, come fro
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -105,6 +105,43 @@ def require_axes(rankings: Mapping[str, Sequence[Ranking]], axes: Sequence[str])
                     f"reward.axes names {axis!r}, but no ranking of split {split} has `scores` that tell two responses "
                     f"apart on it; axes found there: {held}. Change reward.axes in params.yaml, or add such rankings."
                 )
+
+
+def require_telling(rankings: Sequence[Ranking], config: Reward, sources: Mapping[str, int]) -> None:
+    """Stop where weights leave nothing to train on, which would leave a random head.
+
+    Args:
+        rankings: what is left of split train.
+        sources: of all of it, how many rankings each source has.
+
+    Raises:
+        ConfigError: no ranking prefers one response, or none does on an axis of config.axes; names the weights.
+    """
+    told = {"": sum(_differ(ranking.ranks) for ranking in rankings)}
+    told |= {axis: sum(_differ((one.scores or {}).get(axis, ())) for one in rankings) for axis in config.axes}
+    for axis, count in told.items():
+        if not count:
+            weights = ", ".join(f"{source}: {weight:g}" for source, weight in config.weights.items())
+            held = ", ".join(f"{source} ({total} rankings)" for source, total in sources.items())
+            on_axis = f" on axis {axis!r}" if axis else ""
+            raise ConfigError(
+                f"reward.weights {{{weights}}} leave no ranking of split train that tells two responses apart"
+                f"{on_axis}; found there: {held}. Raise the weight of one of these sources in params.yaml."
+            )
+
+
+def require_same_axes(saved: Collection[str], config: Reward) -> None:
+    """Stop where a model that training goes on from has other axes than those asked for.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if set(saved) != set(config.axes):
+        asked, held = (", ".join(axes) or "none" for axes in (config.axes, saved))
+        raise ConfigError(
+            f"reward.axes asks for {asked}, but what reward.start {config.start} holds has the axes {held}. Set "
+            f"reward.axes=[{','.join(saved)}] to go on from it, or reward.start='' to begin at the SFT model."
+        )
 
 
 def score_rankings(

@@ -14,6 +14,7 @@ from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.ensemble import add_members, member_names, member_seed, members_of, save_ensemble
 from rlhf_core.mixing import count_sources, load_feedback, weigh
 from rlhf_core.models import Roles, TrunkCache, load_tokenizer
+from rlhf_core.records import Ranking
 from rlhf_core.reward import (
     Judgements,
     Quality,
@@ -25,6 +26,8 @@ from rlhf_core.reward import (
     mistakes,
     normalise_on_samples,
     require_axes,
+    require_same_axes,
+    require_telling,
     set_temperatures,
     temperature_of,
     train_reward,
@@ -48,14 +51,7 @@ def main() -> None:
         require_watched(run, "reward.feedback", config.feedback)
         tokenizer = load_tokenizer(BASE)
         pad_id = int(tokenizer.pad_token_id)
-        records = {
-            split: load_prepared(PREPARED, "rankings", [split]) for split in ("train", "validation", "gold", "test")
-        }
-        require_axes(records, config.axes)
-        if config.feedback:
-            for split, rows in load_feedback(Path(config.feedback), PREPARED).items():
-                records[split] += rows
-        records["train"] = weigh(records["train"], config.weights, seed=config.seed)
+        records = load_rankings(config)
         rankings = {
             split: encode_rankings(
                 of_split,
@@ -68,12 +64,7 @@ def main() -> None:
         run.log_dataset("prepared", PREPARED, **{f"rankings_{split}": len(rows) for split, rows in rankings.items()})
         torch.manual_seed(config.seed)
         roles, cache = Roles(SFT_MODEL, config), TrunkCache()
-        for role, folder in FOLDERS.items():
-            if config.start:
-                roles.add(role, head=True, start=Path(config.start, Path(folder).name))
-            else:
-                roles.add(role, method=config.method, head=True, axes=config.axes)
-        add_members(roles, "reward", config, start=Path(config.start, "model") if config.start else None)
+        add_models(roles, config)
         final: dict[str, dict[str, Any]] = {}
         judged = {}
         for role, split, prefix, seed in _trained(config):
@@ -131,6 +122,39 @@ def main() -> None:
             write_csv(Path("plots/calibration.csv"), _calibration({role: qualities[role] for role in FOLDERS}))
         run.register_model("reward", FOLDERS["reward"], together)
         run.register_model("gold", FOLDERS["gold"], final["gold"])
+
+
+def load_rankings(config: Reward, prepared: Path = PREPARED) -> dict[str, list[Ranking]]:
+    """The rankings of each split; those of train with people's judgements, and as often as config.weights says.
+
+    Raises:
+        ConfigError: none is left that tells two responses apart, or an axis has none.
+    """
+    records = {split: load_prepared(prepared, "rankings", [split]) for split in ("train", "validation", "gold", "test")}
+    require_axes(records, config.axes)
+    if config.feedback:
+        for split, rows in load_feedback(Path(config.feedback), prepared).items():
+            records[split] += rows
+    if config.weights:
+        everything = records["train"]
+        records["train"] = weigh(everything, config.weights, seed=config.seed)
+        require_telling(records["train"], config, count_sources(everything))
+    return records
+
+
+def add_models(roles: Roles, config: Reward) -> None:
+    """Add the reward model with its members and the gold one: fresh, or as saved in config.start.
+
+    Raises:
+        ConfigError: what is saved there has other axes than config.axes.
+    """
+    for role, folder in FOLDERS.items():
+        if config.start:
+            roles.add(role, head=True, start=Path(config.start, Path(folder).name))
+            require_same_axes(roles.axes[role], config)
+        else:
+            roles.add(role, method=config.method, head=True, axes=config.axes)
+    add_members(roles, "reward", config, start=Path(config.start, "model") if config.start else None)
 
 
 def _trained(config: Reward) -> list[tuple[str, str, str, int]]:

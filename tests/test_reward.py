@@ -1,5 +1,6 @@
 """The reward model: rankings become scores, a batch may be cut anywhere, and what it measures is right by hand."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ from rlhf_core.reward import (
 )
 from rlhf_core.rollouts import sample
 from rlhf_core.tracking import MemoryTracker, NullTracker
+from tasks.reward import add_models, load_rankings
 
 PAD, ROLE = 0, "reward"
 
@@ -593,6 +595,48 @@ def test_an_axis_that_nothing_teaches_is_refused_by_name(axis: str) -> None:
         require_axes({"train": rows}, ["helpfulness", axis])
     with pytest.raises(ConfigError, match=r"'truth', but no ranking of split gold .* found there: none"):
         require_axes({"train": rows, "gold": rows[2:]}, ["truth"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"ai": 0}}, r"weights \{ai: 0\} leave no ranking .* apart; found there: ai \(2 "),
+        ({"weights": {"ai": 0.1, "human": 0}}, r"weights \{ai: 0\.1, human: 0\} leave no ranking"),
+        (
+            {"weights": {"ai": 0, "human": 1}, "axes": ["kind"]},
+            r"ai: 0, human: 1\} leave .* apart on axis 'kind'; found",
+        ),
+    ],
+)
+def test_weights_that_leave_nothing_to_learn_are_refused(
+    section: Callable[..., Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    def row(source: str, ranks: list[int], **more: Any) -> dict[str, Any]:
+        return {"prompt": "hi", "responses": ["a", "b"], "ranks": ranks, "source": source, **more}
+
+    rows = [row("ai", [1, 2], scores={"kind": [1, 2]})] * 2 + [row("rule", [1, 1])]
+    rows += [row("human", [2, 1])] if "axes" in changes else []
+    for split in ("train", "validation", "gold", "test"):
+        (tmp_path / f"rankings_{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(ConfigError, match=message):
+        load_rankings(section("reward", **changes), tmp_path)
+    found = load_rankings(section("reward", **{**changes, "weights": {"ai": 2}}), tmp_path)
+    assert len(found["train"]) == len(rows) + 2 == len(found["test"]) + 2
+
+
+def test_going_on_from_a_model_of_other_axes_is_refused(
+    llama: Path, section: Callable[..., Any], tmp_path: Path
+) -> None:
+    saved = Roles(llama, section("reward"))
+    add_models(saved, section("reward", axes=["kind"]))
+    for role, name in (("reward", "model"), ("gold", "gold")):
+        saved.save(role, tmp_path / name)
+    again = Roles(llama, section("reward"))
+    add_models(again, section("reward", axes=["kind"], start=str(tmp_path)))
+    assert list(again.axes["reward"]) == list(again.axes["gold"]) == ["kind"]
+    for axes, asked in (([], "none"), (["kind", "true"], "kind, true")):
+        with pytest.raises(ConfigError, match=rf"asks for {asked}, but .* has the axes kind\. Set reward\.axes=\[kind"):
+            add_models(Roles(llama, section("reward")), section("reward", axes=axes, start=str(tmp_path)))
 
 
 def test_encoded_rankings_keep_their_scores(tokenizer: PreTrainedTokenizerFast) -> None:
