@@ -121,12 +121,12 @@ class Checkpoints:
         return sorted(folder for folder in self.folder.iterdir() if folder.name.startswith("step-"))
 
     def _drop_old(self) -> None:
-        every = self._all()
-        scores = {folder: json.loads((folder / "state.json").read_text())["score"] for folder in every}
-        known = [folder for folder in every if scores[folder] is not None]
-        best = max(known, key=lambda folder: scores[folder], default=None)
-        for folder in every[:-KEPT]:
-            if folder != best:
+        scores = {folder: _read_score(folder) for folder in self._all()}
+        readable = [folder for folder, (found, _) in scores.items() if found]  # what cannot be read goes first
+        known = [folder for folder in readable if scores[folder][1] is not None]
+        best = max(known, key=lambda folder: scores[folder][1], default=None)
+        for folder in scores:
+            if folder not in (*readable[-KEPT:], best):
                 # Renamed first: a folder half removed must not pass for a checkpoint.
                 gone = folder.with_name(f".{folder.name}.old")
                 os.replace(folder, gone)
@@ -152,6 +152,14 @@ def _load(state: LoopState, tensors: Mapping[str, Tensor]) -> None:
         optimiser.load_state_dict(whole)
     if state.generator is not None:
         state.generator.set_state(tensors["generator"])
+
+
+def _read_score(folder: Path) -> tuple[bool, Any]:
+    """Whether a checkpoint's numbers can be read, and its score where it has one."""
+    try:
+        return True, json.loads((folder / "state.json").read_text(encoding="utf-8"))["score"]
+    except (OSError, ValueError):
+        return False, None
 
 
 def _name(step: int) -> str:

@@ -122,6 +122,20 @@ def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "step-00000002" / "state.json").read_text())["score"] == 0.9
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_an_older_one_that_cannot_be_read_goes_first_when_the_next_is_written(tmp_path: Path, damage: str) -> None:
+    saved = Checkpoints(tmp_path)
+    for step, score in enumerate([0.9, 0.5, 1.0], start=1):
+        saved.offer(step, loop(step), {"step": step}, score=score)
+    path = tmp_path / "step-00000003" / "state.json"  # the best and the newest
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.unlink()
+    assert saved.offer(4, loop(4), {"step": 4}, score=0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
 def test_loops_of_a_stage_have_folders_of_their_own(tmp_path: Path) -> None:
     saved = Checkpoints(tmp_path)
     saved.below("reward").offer(7, loop(1), {"step": 7})
