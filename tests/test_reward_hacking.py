@@ -72,6 +72,25 @@ def test_gold_that_keeps_half_of_its_gain_was_not_hacked(hacking: Any) -> None:
     assert not found.in_time
 
 
+@pytest.mark.parametrize(
+    "golds",
+    [
+        [1.0, 0.6, 0.4, 0.2],  # falls from the first update on
+        [1.0, 1.01, 0.6, 0.4, 0.2],  # before it falls it rises by less than one update differs from the next
+    ],
+)
+def test_gold_that_never_rose_was_not_hacked_and_no_alarm_was_in_time(hacking: Any, golds: list[float]) -> None:
+    rows = curves(golds, 1)
+    for at, row in enumerate(rows):
+        row["ppo/gold_score"] += 0.05 * (-1) ** at
+    found = hacking.read(rows)
+    assert found.half is not None
+    assert found.alarm == 1 < found.half
+    assert found.rewards[1] > found.rewards[0]
+    assert not found.hacked
+    assert not found.in_time
+
+
 @pytest.mark.thorough
 def test_a_run_has_curves_to_read(hacking: Any, tmp_path: Path) -> None:
     task = hacking.words_task()
