@@ -354,19 +354,6 @@ def generation(*, model: str, rows: int, prompt: int, response: int, repeats: in
     return found
 
 
-def first_token(*, model: str, rows: int, prompt: int, repeats: int) -> dict[str, Any]:
-    """Seconds of our sampler until the first token alone: what a step's time is told without."""
-    prompts, whole = prompts_of(model, rows, prompt), Roles(model).model
-    seconds = []
-    for repeat in range(repeats + 1):
-        began = time.perf_counter()
-        sample(whole, prompts, max_tokens=1, temperature=1.0, stop_id=-1, pad_id=0,
-               generator=torch.Generator().manual_seed(0))  # fmt: skip
-        if repeat:
-            seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds}
-
-
 def peak_bytes() -> int:
     """The most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -390,7 +377,6 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
         reward_ours,
         reward_trl,
         generation,
-        first_token,
     )
 }
 

@@ -106,10 +106,11 @@ def _generation(found: dict[str, Any], results: dict[str, Any]) -> list[str]:
     work, step, products, seconds = (found[name] for name in ("work", "step_ms", "products_ms", "seconds"))
     by_bytes = 1e3 * found["bytes_a_step"] / results["bandwidth_gb_s"] / 1e9
     by_flops = 1e3 * found["flop_a_step"] / results["peak_gflops"] / 1e9
+    included = "" if "first_token_ms" in found else ", the prompt included"  # in results of before that was told apart
     rows = [
         "| milliseconds a step | |", "|---|---:|",
         f"| ours | {step['ours']:.0f} |",
-        f"| transformers' `generate` | {step['generate']:.0f} |",
+        f"| transformers' `generate`{included} | {step['generate']:.0f} |",
         *(f"| the matrix products alone, {name} | {value:.0f} |" for name, value in products.items()),
         f"| bound by bandwidth: {found['bytes_a_step'] / 1e6:.0f} MB of weights | {by_bytes:.0f} |",
         f"| bound by operations: {found['flop_a_step'] / 1e9:.1f} GFLOP | {by_flops:.0f} |",
@@ -125,7 +126,10 @@ def _generation(found: dict[str, Any], results: dict[str, Any]) -> list[str]:
 
 
 def exponent(points: list[dict[str, Any]], over: str, of: str) -> float:
-    """The slope of log `of` over log `over`, by least squares."""
+    """The slope of log `of` over log `over`, by least squares; without the points where `of` is 0."""
+    points = [point for point in points if point[of] > 0]
+    if len(points) < 2:
+        return math.nan
     x = [math.log(point[over]) for point in points]
     y = [math.log(point[of]) for point in points]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
@@ -133,13 +137,20 @@ def exponent(points: list[dict[str, Any]], over: str, of: str) -> float:
     return along / sum((a - mean_x) ** 2 for a in x)
 
 
+def _told(points: list[dict[str, Any]], over: str, of: str) -> str:
+    """The exponent, and how many points it was fitted without."""
+    left_out = sum(point[of] <= 0 for point in points)
+    without = f", without {left_out} of {len(points)} points: too little to measure" if left_out else ""
+    return f"{exponent(points, over, of):.2f}{without}"
+
+
 def _growth(found: dict[str, Any]) -> list[str]:
     table = ["| | time | memory beyond the models |", "|---|---:|---:|"]
     for name, series in found.items():
         for over, points in series.items():
             what = "rollouts" if over == "rollouts" else "response length"
-            time, memory = (exponent(points, over, of) for of in ("seconds", "working_gb"))
-            table.append(f"| {name}, over {what} {points[0][over]} to {points[-1][over]} | {time:.2f} | {memory:.2f} |")
+            time, memory = (_told(points, over, of) for of in ("seconds", "working_gb"))
+            table.append(f"| {name}, over {what} {points[0][over]} to {points[-1][over]} | {time} | {memory} |")
     return [
         "## Growth",
         "An update of the default recipe, over the number of rollouts (32 + 48 tokens each) and, with 4 rollouts, over "
@@ -162,7 +173,7 @@ def _plot(found: dict[str, Any]) -> None:
     for axis, (over, of) in zip(axes, panels, strict=True):
         for name, series in found.items():
             points = series[over]
-            label = f"{name}: exponent {exponent(points, over, of):.2f}"
+            label = f"{name}: exponent {_told(points, over, of)}"
             axis.loglog([p[over] for p in points], [p[of] for p in points], "o-", label=label)
         axis.set_xlabel("rollouts" if over == "rollouts" else "response tokens, 4 rollouts")
         axis.set_title("seconds an update" if of == "seconds" else "GB beyond the models", fontsize=11)

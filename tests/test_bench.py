@@ -1,6 +1,7 @@
 """benchmarks/: the operations are counted as torch counts them, and the page says what the results say."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import flops, measure
 from benchmarks.measure import Endless, Stopwatch, between
 from benchmarks.page import exponent, page
-from benchmarks.run import peak_of, rates_of, seconds_of
+from benchmarks.run import generation, peak_of, rates_of, seconds_of
 from rlhf_core.models import Roles, pack
 from rlhf_core.ppo import POLICY, VALUE, add_roles, losses, measure_rollouts
 from rlhf_core.records import Sampled
@@ -160,6 +161,28 @@ def test_rounds_are_put_together() -> None:
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
     points = [{"rows": n, "seconds": 3 * n**2} for n in (1, 2, 4)]
     assert exponent(points, "rows", "seconds") == pytest.approx(2, rel=1e-9)
+
+
+def test_points_too_small_to_measure_stay_out_of_an_exponent_and_are_told() -> None:
+    memory = {16: 0.0, 32: 0.0, 64: 0.064, 256: 0.256}
+    points = [{"response": n, "seconds": float(n), "working_gb": gb} for n, gb in memory.items()]
+    assert exponent(points, "response", "working_gb") == pytest.approx(1, rel=1e-9)
+    assert math.isnan(exponent(points[:3], "response", "working_gb"))
+    results = {"threads": 2, "peak_gflops": 1.0, "bandwidth_gb_s": 1.0, "growth": {"135M": {"response": points}}}
+    assert "| 1.00 | 1.00, without 2 of 4 points: too little to measure |" in page(results)
+
+
+def test_a_step_of_either_sampler_is_told_without_the_prompt(shape: flops.Shape) -> None:
+    def child(job: str, **spec: Any) -> dict[str, Any]:
+        if job == "products":
+            return {"plain": 0.05, "joined": 0.04, "peak_bytes": 1}
+        steps = spec["response"] - 1
+        return {"ours": [0.5 + 0.1 * steps], "generate": [2.0 + 0.2 * steps], "peak_bytes": 1}
+
+    found = generation(SimpleNamespace(model="m", quick=True, shape=shape, child=child))
+    assert found["first_token_ms"] == {"ours": 500.0, "generate": 2000.0}
+    assert found["step_ms"] == {"ours": 100.0, "generate": 200.0}
+    assert (found["ratio"], found["bound_ratio"]) == (2.15, 2.5)  # 14.6 s by 6.8 s, the prompt included; 0.1 by 0.04
 
 
 @pytest.mark.parametrize("network", ["own", "shared"])
