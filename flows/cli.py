@@ -304,10 +304,11 @@ def chat(
     root = find_root()
     from flows.chat import FOLDERS
     from flows.chat import chat as talk
+    from flows.recipe import workspace_of
 
     if stage not in FOLDERS:
         _usage(f"Found STAGE {stage!r}, expected one of {', '.join(FOLDERS)}.")
-    os.chdir(root / ".rlhf" / recipe if recipe else root)
+    os.chdir(workspace_of(recipe, root))
     talk(stage, temperature=temperature, tokens=tokens, seed=seed)
 
 

@@ -42,7 +42,9 @@ def judge_check(
     """
     root = find_root()
     memory = record_folder(root) / "judge.db"
-    os.chdir(root / ".rlhf" / recipe if recipe else root)
+    from flows.recipe import workspace_of
+
+    os.chdir(workspace_of(recipe, root))
     params = apply_overrides(overrides or [], root=Path.cwd(), keep=False)
     from rlhf_core.feedback.judges import open_judge, refusal
     from rlhf_core.feedback.quality import check_judge

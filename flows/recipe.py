@@ -42,6 +42,21 @@ def find_recipe(recipe: str, project: Path) -> Path:
     return source
 
 
+def workspace_of(recipe: str | None, project: Path) -> Path:
+    """The folder that a recipe has run in; the project's own without one.
+
+    Raises:
+        MissingArtifact: it has not run yet, or there is no such recipe.
+    """
+    if not recipe:
+        return project
+    folder = project / ".rlhf" / recipe
+    if not (folder / "params.yaml").is_file():
+        find_recipe(recipe, project)
+        raise MissingArtifact(f"Found no workspace .rlhf/{recipe}. Run `rlhf run --recipe {recipe}` first.")
+    return folder
+
+
 def copy_code(folder: Path, project: Path) -> None:
     """The code that stages run and the data that ships, as the project has them now."""
     for name in CODE:

@@ -1,5 +1,6 @@
 """The console script: it answers at once, teaches, and turns every mistake into one message."""
 
+import re
 import resource
 import shutil
 import socket
@@ -106,3 +107,18 @@ def test_a_run_without_dpo_says_how_to_have_it(tmp_path: Path, monkeypatch: pyte
     NO_POLICY.write_text("{}")
     with pytest.raises(MissingArtifact, match=r"`rlhf run -S dpo\.epochs=1` trains one"):
         chat("dpo")
+
+
+@pytest.mark.parametrize("command", [["chat", "ppo"], ["judge-check"]])
+def test_a_recipe_that_never_ran_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    toy = make_toy(tmp_path / "toy")
+    (toy / "recipes").mkdir()
+    (toy / "recipes" / "tiny.yaml").touch()
+    monkeypatch.chdir(toy)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    for recipe, message in (("tiny", r"Run `rlhf run --recipe tiny` first"), ("huge", r"Recipes here: tiny\.")):
+        found = CliRunner().invoke(cli.app, [*command, "--recipe", recipe])
+        assert isinstance(found.exception, MissingArtifact)
+        assert re.search(message, str(found.exception))
