@@ -433,8 +433,8 @@ class Roles(nn.Module):
             parts.append(torch.stack([self.outputs(trunk, role) for role in roles], 1))
             order += numbers
         place = torch.empty(len(order), dtype=torch.long)
-        place[torch.tensor(order)] = torch.arange(len(order))
-        return torch.cat(parts)[place[of_row].to(self.device)]
+        place[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))  # of no rows too
+        return torch.cat(parts)[place[torch.tensor(of_row, dtype=torch.long)].to(self.device)]
 
     def scores(self, trunk: Trunk, role: str, *, axis: str | None = None) -> Tensor:
         """(B,) raw outputs at each row's last kept token: of the role's scalar head, or for one of its axes."""

@@ -242,6 +242,15 @@ def test_rows_are_scored_in_the_order_given_whatever_the_pieces(llama: Path, sec
 
 
 @torch.no_grad()
+def test_of_no_rows_there_are_no_outputs(llama: Path, section: Callable[..., Any]) -> None:
+    roles = Roles(llama, section("reward"))
+    for role in ("reward", "gold"):
+        roles.add(role, head=True, axes=["kind", "true"])
+    assert roles.output_rows([], ["reward", "gold"], 0).shape == (0, 2, 3)
+    assert roles.score_rows([], "reward", 0).shape == (0,)
+
+
+@torch.no_grad()
 def test_a_score_is_read_at_the_last_kept_token(llama: Path) -> None:
     roles = Roles(llama)
     roles.add("reward", method="full", head=True)
