@@ -1,6 +1,7 @@
 """The end of a run: the policies side by side, in the terminal and as a Prefect artifact."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def table_rows(evaluate: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for key, (label, digits) in ROWS.items():
         values = [evaluate.get(policy, {}).get(key) for policy in judged(evaluate)]
-        rows.append((label, *("–" if value is None else f"{value:z.{digits}f}" for value in values)))
+        rows.append((label, *(_number(value, f"z.{digits}f") for value in values)))
     return rows
 
 
@@ -45,17 +46,26 @@ def win_rates(evaluate: Mapping[str, Any]) -> list[str]:
     for key in ("ppo_vs_sft", "ppo_vs_dpo", "dpo_vs_sft", "sft_vs_base"):
         label = " against ".join(NAMES[policy] for policy in key.split("_vs_"))
         if found := evaluate.get(key):
+            rate, low, high, controlled, longest = (
+                _number(found.get(name), ".0%")
+                for name in ("gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "length_controlled_win_rate",
+                             "longest_wins")
+            )  # fmt: skip
             lines.append(
-                f"{label}: {found['gold_win_rate']:.0%} of comparisons won (95 % interval "
-                f"{found['gold_win_rate_low']:.0%} to {found['gold_win_rate_high']:.0%}), length-controlled "
-                f"{found['length_controlled_win_rate']:.0%}; the longest answer would win {found['longest_wins']:.0%}"
+                f"{label}: {rate} of comparisons won (95 % interval {low} to {high}), length-controlled {controlled}; "
+                f"the longest answer would win {longest}"
             )
     for n, found in evaluate.get("best_of_n", {}).items():
+        reward, gold = (_number(found.get(name), ".2f") for name in ("reward", "gold_reward"))
         lines.append(
-            f"Best of {n} SFT answers by the reward model: reward {found['reward']:.2f}, gold reward "
-            f"{found['gold_reward']:.2f}, KL to SFT at most {found['kl']:.1f}"
+            f"Best of {n} SFT answers by the reward model: reward {reward}, gold reward {gold}, KL to SFT at most "
+            f"{_number(found.get('kl'), '.1f')}"
         )
     return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def markdown(evaluate: Mapping[str, Any]) -> str:

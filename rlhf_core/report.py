@@ -7,7 +7,7 @@ numbers always give the same bytes. Leaves out every computation of a result: it
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,9 +147,9 @@ def render_report(data: ReportData) -> str:
     for key in (*POLICIES, "ppo_vs_sft", "sft_vs_base"):
         if key not in data.evaluate:
             raise KeyError(f"the evaluate metrics lack {key!r}; found {sorted(data.evaluate)}")
-    for key in ("ppo_vs_sft", "sft_vs_base"):
+    for key in ("ppo_vs_sft", "sft_vs_base", *(pair for pair in ("ppo_vs_dpo", "dpo_vs_sft") if pair in data.evaluate)):
         for name in ("gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "prompts"):
-            if name not in data.evaluate[key]:
+            if lacks(data.evaluate[key].get(name)):
                 raise KeyError(f"the evaluate metrics lack '{key}.{name}'; found {sorted(data.evaluate[key])}")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -225,13 +225,13 @@ def verdict(evaluate: Mapping[str, Any]) -> Verdict:
     )
     notes = []
     controlled, longest = _get(against, "length_controlled_win_rate"), _get(against, "longest_wins")
-    lowest = _get(against, "length_controlled_win_rate_low")
+    lowest, highest = (_get(against, f"length_controlled_win_rate_{end}") for end in ("low", "high"))
     if controlled is not None:
         note = f"Between answers of equal length it would be {percent(controlled)}"
         if side > 0 and controlled <= 0.5:
             note += ": the lead is gone, so the judge may be rewarding length"
-        elif side > 0 and lowest is not None and lowest <= 0.5:
-            note += f" ({_interval(against, 'length_controlled_win_rate')}): part of the lead may be length"
+        elif side > 0 and lowest is not None and highest is not None and lowest <= 0.5:
+            note += f" ({_span(lowest, highest)}%): part of the lead may be length"
         if longest is not None:
             note += f". A rule that always prefers the longer answer gives PPO {percent(longest)}"
         notes.append(note + ".")
@@ -302,8 +302,8 @@ def checks(evaluate: Mapping[str, Any], reward: Mapping[str, Any]) -> list[Check
     return found
 
 
-def _interval(rates: Mapping[str, Any], name: str = "gold_win_rate") -> str:
-    return _span(rates[f"{name}_low"], rates[f"{name}_high"]) + "%"
+def _interval(rates: Mapping[str, Any]) -> str:
+    return _span(rates["gold_win_rate_low"], rates["gold_win_rate_high"]) + "%"
 
 
 def _equal(rates: Mapping[str, Any]) -> str:
@@ -361,7 +361,7 @@ def _table(evaluate: Mapping[str, Any], *, greedy: bool) -> list[tuple[str, str,
             ("gold_axes", "Gold", "the judge’s score on this axis alone"),
             ("reward_axes", "Reward", "the reward model’s score on this axis alone"),
         )
-        for axis in policies[0].get(key, {})
+        for axis in dict.fromkeys(axis for policy in policies for axis in policy.get(key, {}))
     ]
     found = [
         (name, meaning, [show(policy.get(key)) for policy in policies])
@@ -373,9 +373,9 @@ def _table(evaluate: Mapping[str, Any], *, greedy: bool) -> list[tuple[str, str,
 
 def _with_interval(policy: Mapping[str, Any], key: str, axis: str) -> str:
     """A policy's mean score on an axis, with its interval where one was measured."""
-    shown = number(policy[key][axis])
+    shown = number(policy.get(key, {}).get(axis))
     low, high = (policy.get(f"{key}_{end}", {}).get(axis) for end in ("low", "high"))
-    return shown if low is None or high is None else f"{shown} ({number(low)} to {number(high)})"
+    return shown if lacks(low) or lacks(high) else f"{shown} ({number(low)} to {number(high)})"
 
 
 def _best(row: SideBySide) -> str:
@@ -577,12 +577,15 @@ def _frontier_chart(
     path: Sequence[FrontierPoint], policies: Sequence[FrontierPoint], best_of_n: Mapping[str, Mapping[str, float]]
 ) -> Chart | None:
     """From SFT to PPO, and what the baselines reach. The base model is not on the way and would only squeeze it."""
+    path, policies = ([_drawn(one) for one in points if not (lacks(one.kl) or lacks(one.proxy))]
+                      for points in (path, policies))  # fmt: skip
     walked = [point for point in policies if point.label in ("sft", "ppo")]
     if not walked and not path:
         return None
     beside = [point for point in policies if point.label == "dpo"]
-    beside += [FrontierPoint(f"best of {n}", found["kl"], found["reward"], found["gold_reward"])
-               for n, found in best_of_n.items()]  # fmt: skip
+    beside += [FrontierPoint(f"best of {n}", found["kl"], found["reward"], _get(found, "gold_reward"))
+               for n, found in best_of_n.items()
+               if not (lacks(found.get("kl")) or lacks(found.get("reward")))]  # fmt: skip
     figure, axes = new_axes(width=420 / 72, height=300 / 72)
     if path:
         x, y = [root(point.kl) for point in path], [point.proxy for point in path]
@@ -593,8 +596,9 @@ def _frontier_chart(
         line = [(root(point.kl), getattr(point, name)) for point in walked if getattr(point, name) is not None]
         if len(line) > 1:
             axes.plot(*zip(*line, strict=True), color=COLOURS[colour], linewidth=2)
-        picked = [(root(point.kl), getattr(point, name)) for point in (*walked[:1], *beside) if point.label != "dpo"]
-        if best_of_n:
+        picked = [(root(point.kl), getattr(point, name)) for point in (*walked[:1], *beside)
+                  if point.label != "dpo" and getattr(point, name) is not None]  # fmt: skip
+        if best_of_n and picked:
             axes.plot(*zip(*picked, strict=True), color=COLOURS[colour], linewidth=1, dashes=(3, 3))
         for point in (*walked, *beside):
             value = getattr(point, name)
@@ -623,6 +627,11 @@ def _frontier_chart(
     return Chart(
         "Reward over distance", "", svg(figure, "Scores over the square root of the KL. " + "; ".join(said) + ".")
     )
+
+
+def _drawn(point: FrontierPoint) -> FrontierPoint:
+    """The point without a gold score that is no number."""
+    return replace(point, gold=None) if lacks(point.gold) else point
 
 
 def _calibration_chart(

@@ -262,6 +262,16 @@ def test_the_table_has_a_place_for_baselines_where_there_are_some() -> None:
     assert "- Best of 4 SFT answers by the reward model: reward 1.50, gold reward 0.75, KL to SFT at most 0.6" in text
 
 
+def test_what_was_not_measured_is_a_dash_in_the_table_and_in_words() -> None:
+    evaluate = {"ppo": {"reward": float("nan")}, "ppo_vs_sft": {"gold_win_rate": 0.5, "longest_wins": float("nan")}}
+    evaluate["best_of_n"] = {"2": {"reward": 1.0}}
+    text = markdown(evaluate)
+    assert "| reward | – | – | – |" in text
+    assert "- PPO against SFT: 50% of comparisons won (95 % interval – to –), length-controlled –; the longest" in text
+    assert "reward 1.00, gold reward –, KL to SFT at most –" in text
+    assert "nan" not in text
+
+
 def test_what_a_judge_says_is_a_ranking_that_tells_who_and_how_sure() -> None:
     from flows.online import as_ranking
     from rlhf_core.data import parse_ranking

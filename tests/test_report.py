@@ -417,9 +417,9 @@ def test_curves_may_be_read_from_csv_with_holes_and_constants() -> None:
     assert "KL to SFT</h3>" not in page
 
 
-@pytest.mark.parametrize("gone", ["ppo", "sft_vs_base", "ppo_vs_sft.gold_win_rate_low"])
+@pytest.mark.parametrize("gone", ["ppo", "sft_vs_base", "ppo_vs_sft.gold_win_rate_low", "ppo_vs_dpo.prompts"])
 def test_a_missing_result_is_named(gone: str) -> None:
-    data = fake_report()
+    data = report_with_baselines()
     place: Any = data.evaluate
     *parents, key = gone.split(".")
     for parent in parents:
@@ -427,6 +427,31 @@ def test_a_missing_result_is_named(gone: str) -> None:
     del place[key]
     with pytest.raises(KeyError, match=gone.replace(".", r"\.")):
         render_report(data)
+
+
+def test_a_win_rate_that_is_no_number_counts_as_missing() -> None:
+    data = fake_report()
+    data.evaluate["ppo_vs_sft"]["gold_win_rate_low"] = float("nan")
+    with pytest.raises(KeyError, match=r"ppo_vs_sft\.gold_win_rate_low"):
+        render_report(data)
+
+
+def test_points_and_axes_that_were_not_measured_are_left_out() -> None:
+    data, nan = report_with_baselines(), float("nan")
+    data.evaluate["ppo"] |= {"gold_axes": {"kind": 0.5}, "gold_axes_low": {"kind": nan}, "gold_axes_high": {"kind": 1}}
+    data.evaluate["best_of_n"] |= {"2": {"reward": 0.6, "kl": 0.2}, "4": {"reward": nan, "gold_reward": 0.1, "kl": 0.6}}
+    data.evaluate["ppo_vs_sft"] |= {"length_controlled_win_rate_low": 0.4}
+    del data.evaluate["ppo_vs_sft"]["length_controlled_win_rate_high"]
+    sft, ppo = (point for point in data.policies if point.label in ("sft", "ppo"))
+    points = [sft, replace(ppo, gold=nan), FrontierPoint("dpo", nan, 0.9, 0.4)]
+    page = render_report(replace(data, policies=points, frontier=[FrontierPoint("", 1.0, nan), *data.frontier]))
+    assert "nan" not in Tags(page).text.lower()
+    (frontier,) = [title for title in re.findall(r"<title>(.*?)</title>", page) if title.startswith("Scores over")]
+    assert "PPO proxy" in frontier
+    assert "best of 2 proxy" in frontier
+    for words in ("PPO gold", "DPO", "best of 2 gold", "best of 4"):
+        assert words not in frontier
+    assert re.search(r"Gold, kind.*?<td>–</td><td>–</td><td>–</td><td>0\.50</td>", re.sub(r">\s+<", "><", page))
 
 
 def test_numbers_are_written_as_a_person_would() -> None:
