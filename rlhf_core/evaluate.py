@@ -7,7 +7,7 @@ itself, so there is no order of presentation that could sway it. Statistics come
 files from elsewhere.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,11 +27,11 @@ from rlhf_core.records import Demonstration, Prompt, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.sft import encode_demonstrations, perplexity
 from rlhf_core.statistics import (
+    answers_outcome,
     cluster_bootstrap,
     distinct_n,
     length_controlled_win_rate,
     longest_wins,
-    outcome,
     win_rate,
 )
 from rlhf_core.tracking import Tracker
@@ -179,8 +179,8 @@ def compare(left: Sequence[Response], right: Sequence[Response], config: Evaluat
         )
     ]
     clusters = [ours.prompt for ours, _ in pairs]
-    gold = np.array([_outcome(ours, theirs, lambda one: one.gold_reward) for ours, theirs in pairs])
-    proxy = np.array([_outcome(ours, theirs, lambda one: one.reward) for ours, theirs in pairs])
+    gold = np.array([answers_outcome(ours, theirs, lambda one: one.gold_reward) for ours, theirs in pairs])
+    proxy = np.array([answers_outcome(ours, theirs, lambda one: one.reward) for ours, theirs in pairs])
     longer = np.array([float(ours.tokens - theirs.tokens) for ours, theirs in pairs])
     options = {"samples": config.bootstrap_samples, "seed": config.seed}
     rate, by_proxy = win_rate(gold, clusters, **options), win_rate(proxy, clusters, **options)
@@ -214,7 +214,7 @@ def _wins_by_axis(
     """Win rates by the gold model's head of each axis, under "gold_axes"; nothing where it has none."""
     found = {}
     for axis in pairs[0][0].gold_axes:
-        wins = [_outcome(ours, theirs, lambda one: one.gold_axes[axis]) for ours, theirs in pairs]  # noqa: B023
+        wins = [answers_outcome(ours, theirs, lambda one: one.gold_axes[axis]) for ours, theirs in pairs]  # noqa: B023
         rate = win_rate(wins, clusters, **options)
         equal = length_controlled_win_rate(wins, longer, clusters, samples=LENGTH_SAMPLES, seed=options["seed"])
         found[axis] = {
@@ -322,10 +322,3 @@ def _summary(responses: Sequence[Response]) -> dict[str, Any]:
         if axes := getattr(responses[0], judge):
             found[judge] = {axis: float(np.mean([getattr(each, judge)[axis] for each in responses])) for axis in axes}
     return found
-
-
-def _outcome(ours: Response, theirs: Response, score: Callable[[Response], float]) -> float:
-    # The same answer is a tie, though it may have been computed beside other rows, and rounded otherwise.
-    if (ours.text, ours.tokens, ours.stopped) == (theirs.text, theirs.tokens, theirs.stopped):
-        return 0.5
-    return outcome(score(ours), score(theirs))

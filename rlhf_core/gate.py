@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
-from rlhf_core.statistics import Interval, length_controlled_win_rate, longest_wins, outcome, win_rate
+from rlhf_core.statistics import Interval, answers_outcome, length_controlled_win_rate, longest_wins, win_rate
 
 
 class Pair(NamedTuple):
@@ -23,6 +23,16 @@ class Pair(NamedTuple):
     current: str
     gold: float  # 1 where the gold model prefers the new one, ½ for a tie, 0
     longer: float = 0.0  # tokens of the new one less those of the current one
+
+
+class _Answer(NamedTuple):
+    """A row of answers.jsonl, as far as the gate goes by it."""
+
+    text: str
+    tokens: int
+    stopped: bool
+    gold_reward: float
+    category: str
 
 
 class Rates(NamedTuple):
@@ -68,23 +78,15 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
     Raises:
         DataError: they share no prompt.
     """
-
-    def of_policy(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-        found: dict[str, list[Mapping[str, Any]]] = {}
-        for row in rows:
-            if row["policy"] == policy and row["how"] == "sampled":
-                found.setdefault(row["prompt"], []).append(row)
-        return found
-
-    ours, theirs = of_policy(new), of_policy(current)
+    ours, theirs = _sampled(new, policy), _sampled(current, policy)
     pairs = [
         Pair(
             prompt,
-            str(a.get("category") or ""),
-            a["text"],
-            b["text"],
-            outcome(a["gold_reward"], b["gold_reward"]),
-            float(a["tokens"] - b["tokens"]),
+            a.category,
+            a.text,
+            b.text,
+            answers_outcome(a, b, lambda one: one.gold_reward),
+            float(a.tokens - b.tokens),
         )
         for prompt in ours
         for a, b in product(ours[prompt], theirs.get(prompt, ()))
@@ -92,6 +94,18 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
     if not pairs:
         raise DataError(f"The answers of the new and the current policy {policy} share no prompt.")
     return pairs
+
+
+def _sampled(rows: Sequence[Mapping[str, Any]], policy: str) -> dict[str, list[_Answer]]:
+    """A policy's sampled answers by prompt."""
+    found: dict[str, list[_Answer]] = {}
+    for row in rows:
+        if row["policy"] == policy and row["how"] == "sampled":
+            answer = _Answer(
+                row["text"], row["tokens"], row["stopped"], row["gold_reward"], str(row.get("category") or "")
+            )
+            found.setdefault(row["prompt"], []).append(answer)
+    return found
 
 
 def rates(wins: Sequence[float], longer: Sequence[float], prompts: Sequence[str], config: Gate) -> Rates:

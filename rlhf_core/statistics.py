@@ -4,8 +4,8 @@ Pure: plain numbers and numpy arrays in, plain numbers out; randomness comes fro
 Leaves out significance tests (an interval says more) and anything that looks at a model.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,22 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+class Answer(Protocol):
+    """What one answer is told from another by."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def stopped(self) -> bool: ...
+
+
+AnAnswer = TypeVar("AnAnswer", bound=Answer)
 
 
 class ReliabilityBin(NamedTuple):
@@ -76,6 +92,16 @@ def cluster_bootstrap(
 def outcome(ours: float, theirs: float) -> float:
     """1 if ours is greater, ½ if they are equal, 0."""
     return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
+
+
+def answers_outcome(ours: AnAnswer, theirs: AnAnswer, score: Callable[[AnAnswer], float]) -> float:
+    """`outcome` of the scores of two answers to a prompt; the same answer, ended in the same way, is a tie.
+
+    It may have been computed beside other rows, and its score rounded otherwise.
+    """
+    if (ours.text, ours.tokens, ours.stopped) == (theirs.text, theirs.tokens, theirs.stopped):
+        return 0.5
+    return outcome(score(ours), score(theirs))
 
 
 def win_rate(wins: ArrayLike, prompts: Sequence[Hashable], *, samples: int, seed: int, level: float = 0.95) -> Interval:

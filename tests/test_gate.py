@@ -145,7 +145,7 @@ def test_answers_of_one_length_have_one_rate() -> None:
 
 def answer(policy: str, prompt: str, text: str, gold: float, how: str = "sampled") -> dict[str, Any]:
     row = {"policy": policy, "how": how, "prompt": prompt, "text": text, "gold_reward": gold, "category": "x"}
-    return {**row, "tokens": ord(text[0])}
+    return {**row, "tokens": ord(text[0]), "stopped": True}
 
 
 def test_every_sampled_answer_stands_beside_every_one_to_its_prompt() -> None:
@@ -159,6 +159,13 @@ def test_every_sampled_answer_stands_beside_every_one_to_its_prompt() -> None:
         ("b", "e", 0.0, -3.0),
         ("b", "f", 0.0, -4.0),
     ]
+
+
+def test_the_same_answer_is_a_tie_at_the_gate_too() -> None:
+    one = answer("ppo", "p", "a", 1.0)
+    rounded = answer("ppo", "p", "a", 1.0 + 1e-7)
+    assert [pair.gold for pair in pair_answers([one], [rounded], "ppo")] == [0.5]
+    assert [pair.gold for pair in pair_answers([one], [{**rounded, "stopped": False}], "ppo")] == [0.0]
 
 
 def test_answers_to_other_prompts_cannot_be_compared() -> None:
