@@ -258,6 +258,7 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
         return
     rows: list[dict[str, Any]] = []
     if config.judge == PEOPLE:
+        from rlhf_core.data import prompt_field
         from rlhf_core.feedback.rounds import comparisons, items_from
         from rlhf_core.gate import pair_answers
 
@@ -265,7 +266,7 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
         first = {pair.prompt: pair for pair in reversed(pair_answers(new, current, "ppo"))}  # one pair a prompt
         items = items_from(
             [
-                {"prompt": pair.prompt, "responses": [pair.new, pair.current], "category": pair.category,
+                {"prompt": prompt_field(pair.prompt), "responses": [pair.new, pair.current], "category": pair.category,
                  "origins": [f"round-{number}", "current"]}
                 for pair in first.values() if pair.new != pair.current
             ],

@@ -433,11 +433,15 @@ def load_prepared(folder: Path, kind: str, splits: Sequence[str]) -> list[Any]:
 
 def _as_row(record: Demonstration | Ranking | Prompt) -> dict[str, Any]:
     row = {key: value for key, value in record._asdict().items() if value not in (None, "")}
-    single = len(record.prompt) == 1 and record.prompt[0][0] == "user"
-    row["prompt"] = (
-        record.prompt[0][1] if single else [{"role": role, "content": content} for role, content in record.prompt]
-    )
+    row["prompt"] = prompt_field(record.prompt)
     return row
+
+
+def prompt_field(prompt: Sequence[Message]) -> str | list[dict[str, str]]:
+    """A prompt as rows of files have it: one turn of the user as its text, a conversation as chat messages."""
+    if len(prompt) == 1 and prompt[0][0] == "user":
+        return prompt[0][1]
+    return [{"role": role, "content": content} for role, content in prompt]
 
 
 def _write(path: Path, rows: Iterable[Any]) -> None:

@@ -3,21 +3,23 @@
 Who judges, where answers come from, and what follows from the verdict are not here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_core.config import Gate
+from rlhf_core.data import parse_prompt
 from rlhf_core.errors import DataError
+from rlhf_core.records import Message
 from rlhf_core.statistics import Interval, answers_outcome, length_controlled_win_rate, longest_wins, win_rate
 
 
 class Pair(NamedTuple):
     """An answer of the new policy beside one of the current policy, to the same prompt."""
 
-    prompt: str
+    prompt: tuple[Message, ...]  # the whole conversation
     category: str
     new: str
     current: str
@@ -96,19 +98,19 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
     return pairs
 
 
-def _sampled(rows: Sequence[Mapping[str, Any]], policy: str) -> dict[str, list[_Answer]]:
+def _sampled(rows: Sequence[Mapping[str, Any]], policy: str) -> dict[tuple[Message, ...], list[_Answer]]:
     """A policy's sampled answers by prompt."""
-    found: dict[str, list[_Answer]] = {}
+    found: dict[tuple[Message, ...], list[_Answer]] = {}
     for row in rows:
         if row["policy"] == policy and row["how"] == "sampled":
             answer = _Answer(
                 row["text"], row["tokens"], row["stopped"], row["gold_reward"], str(row.get("category") or "")
             )
-            found.setdefault(row["prompt"], []).append(answer)
+            found.setdefault(parse_prompt(row).prompt, []).append(answer)
     return found
 
 
-def rates(wins: Sequence[float], longer: Sequence[float], prompts: Sequence[str], config: Gate) -> Rates:
+def rates(wins: Sequence[float], longer: Sequence[float], prompts: Sequence[Hashable], config: Gate) -> Rates:
     """Both win rates with their 95 % intervals over prompts.
 
     Args:

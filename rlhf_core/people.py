@@ -9,7 +9,9 @@ from markupsafe import Markup
 
 from rlhf_core.agreement import krippendorff_alpha, table
 from rlhf_core.config import Gate
+from rlhf_core.data import parse_prompt
 from rlhf_core.gate import Pair, Rates, in_percent, rates
+from rlhf_core.records import Message
 
 
 class People(NamedTuple):
@@ -99,11 +101,11 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
         pairs: the answers that could be judged.
     """
     pair_of = {(pair.prompt, pair.new, pair.current): pair for pair in pairs}
-    said: list[tuple[str, tuple[str, str, str], float]] = []
+    said: list[tuple[str, tuple[tuple[Message, ...], str, str], float]] = []
     first: list[float] = []  # 1 where the new policy's answer stood first
     chosen: list[float] = []  # 1 where what stood first was preferred
     for row in rows:
-        key = (_last(row["prompt"]), *row["responses"])
+        key = (parse_prompt(row).prompt, *row["responses"])
         if key in pair_of:
             new, current = row["ranks"]
             said.append((row["annotator"], key, 1.0 if new < current else 0.5 if new == current else 0.0))
@@ -130,8 +132,3 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
         float(np.mean(first)) if first else None,
         float(np.mean(chosen)) if chosen else None,
     )
-
-
-def _last(prompt: Any) -> str:
-    """The last message, by which answers name their prompt."""
-    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])

@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 
-from rlhf_core.data import parse_prompt
 from rlhf_core.feedback.annotators import Item, rule
 from rlhf_core.gate import pair_answers
 from rlhf_core.statistics import Interval, outcome, win_rate
@@ -82,7 +81,7 @@ def beats_sft(answers: list[dict[str, Any]]) -> Interval:
     """The win rate of a round's policy over SFT by the rule, on the same prompts."""
     sft = [{**row, "policy": "ppo"} for row in answers if row["policy"] == "sft"]
     pairs = pair_answers(answers, sft, "ppo")
-    items = [Item(parse_prompt({"prompt": pair.prompt}).prompt, (pair.new, pair.current)) for pair in pairs]
+    items = [Item(pair.prompt, (pair.new, pair.current)) for pair in pairs]
     ranks = [said.ranks for said in rule(RULE).judge(items)]
     wins = [outcome(-ours, -theirs) for ours, theirs in ranks]
     return win_rate(wins, [pair.prompt for pair in pairs], samples=2000, seed=0)

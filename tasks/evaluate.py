@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.data import load_prepared
+from rlhf_core.data import load_prepared, prompt_field
 from rlhf_core.ensemble import load_ensemble
 from rlhf_core.evaluate import POLICIES, Evaluation, Response, evaluate_policies
 from rlhf_core.models import Roles, load_tokenizer
@@ -83,7 +83,7 @@ def _answer_rows(evaluation: Evaluation, prompts: list[Prompt]) -> list[dict[str
         for policy in evaluation.policies:
             for response in by_policy[policy]:
                 row = {name: value for name, value in response._asdict().items() if value != {}}  # no axes, no keys
-                row["prompt"] = prompts[response.prompt].prompt[-1][1]
+                row["prompt"] = prompt_field(prompts[response.prompt].prompt)
                 rows.append({"policy": policy, "how": how, "category": prompts[response.prompt].category, **row})
     return rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.config import Gate
-from rlhf_core.data import parse_prompt, read_rows
+from rlhf_core.data import read_rows
 from rlhf_core.errors import DataError
 from rlhf_core.feedback.annotators import Item, rule
 from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates
@@ -54,7 +54,7 @@ def _judge(pairs: list[Pair], people: People | None, config: Gate) -> Rates:
             raise DataError(f"{COMPARISONS} holds no comparison, and gate.judge is people. Let somebody judge a few.")
         return people.rates
     annotator = rule(config.judge.removeprefix("rule:"))
-    items = [Item(parse_prompt({"prompt": pair.prompt}).prompt, (pair.new, pair.current)) for pair in pairs]
+    items = [Item(pair.prompt, (pair.new, pair.current)) for pair in pairs]
     ranks = [judgement.ranks for judgement in annotator.judge(items)]
     wins = [outcome(-new, -current) for new, current in ranks]
     return rates(wins, [pair.longer for pair in pairs], [pair.prompt for pair in pairs], config)

@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_core import evaluate
 from rlhf_core.best_of_n import best_of_n_kl
 from rlhf_core.evaluate import POLICIES, Evaluation, Response, axis_intervals, compare, evaluate_policies
+from rlhf_core.feedback.exchange import find_items
 from rlhf_core.models import Normaliser, Roles
 from rlhf_core.records import Demonstration, Prompt
 from rlhf_core.rollouts import sample
 from rlhf_core.statistics import length_controlled_win_rate
 from rlhf_core.tracking import NullTracker
+from tasks.evaluate import _answer_rows
 
 PROMPTS = [Prompt((("user", text),)) for text in ("hi", "Why is the sky blue?", "Name a fruit.")]
 DEMONSTRATIONS = [Demonstration(record.prompt, "A yellow banana.") for record in PROMPTS]
@@ -100,6 +102,17 @@ def test_turning_sides_turns_the_rate(section: Callable[..., Any]) -> None:
         assert ours[name] + theirs[name] == pytest.approx(1, rel=1e-12)
     # the fit's tolerance
     assert ours["length_controlled_win_rate"] + theirs["length_controlled_win_rate"] == pytest.approx(1, abs=1e-6)
+
+
+def test_an_answer_is_kept_with_the_whole_conversation() -> None:
+    short = (("user", "Go on."),)
+    long = (("user", "Cats."), ("assistant", "Yes?"), ("user", "Go on."))
+    given = [response(place, gold=place, reward=0.0, tokens=1) for place in (0, 1)]
+    evaluation = Evaluation({}, {"ppo": given, "sft": given}, {"ppo": [], "sft": []})
+    rows = _answer_rows(evaluation, [Prompt(short), Prompt(long)])
+    assert [row["prompt"] for row in rows[:2]] == ["Go on.", [{"role": role, "content": text} for role, text in long]]
+    items = find_items("answers", list(enumerate(rows)), kind=None, policies=("ppo", "sft"), how="sampled")
+    assert [tuple(item.prompt) for item in items] == [short, long]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
 from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates
 from rlhf_core.people import in_report, people_beside_gold
+from rlhf_core.records import Message
 from rlhf_core.statistics import Interval, length_controlled_win_rate, outcome
 
 VALUES: dict[str, Any] = {
@@ -26,9 +27,13 @@ CONFIG = Gate.model_validate(VALUES)
 EVALUATE = {"ppo": {"kl": 6.0, "perplexity": 33.0}, "sft": {"perplexity": 30.0}}
 
 
+def asked(text: str) -> tuple[Message, ...]:
+    return (("user", text),)
+
+
 def pairs(wins: int, losses: int, *, category: str = "advice", ties: int = 0) -> list[Pair]:
     golds = [1.0] * wins + [0.0] * losses + [0.5] * ties
-    return [Pair(f"{category} {i}", category, f"new {i}", f"old {i}", gold) for i, gold in enumerate(golds)]
+    return [Pair(asked(f"{category} {i}"), category, f"new {i}", f"old {i}", gold) for i, gold in enumerate(golds)]
 
 
 def held(found: list[Pair], evaluate: Any = EVALUATE, config: Gate = CONFIG) -> Verdict:
@@ -115,7 +120,9 @@ def lengthened(found: list[Pair], by: float) -> list[Pair]:
 def test_rates_at_equal_length_stand_beside_every_rate_and_decide_nothing() -> None:
     # Longer by 9 tokens in 36 of 40 wins and in 4 of 10 losses: to win is to be longer, mostly.
     found = [one._replace(longer=9.0 if i % 10 else -9.0) for i, one in enumerate(pairs(40, 0))]
-    found += [one._replace(longer=9.0 if i < 4 else -9.0, prompt=f"lost {i}") for i, one in enumerate(pairs(0, 10))]
+    found += [
+        one._replace(longer=9.0 if i < 4 else -9.0, prompt=asked(f"lost {i}")) for i, one in enumerate(pairs(0, 10))
+    ]
     found += lengthened(pairs(6, 4, category="unsafe"), 5.0)
     verdict = held(found)
     plain, equal = verdict.metrics["win_rate"], verdict.metrics["length_controlled_win_rate"]
@@ -143,7 +150,7 @@ def test_answers_of_one_length_have_one_rate() -> None:
 # ---- pairs
 
 
-def answer(policy: str, prompt: str, text: str, gold: float, how: str = "sampled") -> dict[str, Any]:
+def answer(policy: str, prompt: Any, text: str, gold: float, how: str = "sampled") -> dict[str, Any]:
     row = {"policy": policy, "how": how, "prompt": prompt, "text": text, "gold_reward": gold, "category": "x"}
     return {**row, "tokens": ord(text[0]), "stopped": True}
 
@@ -173,6 +180,25 @@ def test_answers_to_other_prompts_cannot_be_compared() -> None:
         pair_answers([answer("ppo", "p", "a", 1)], [answer("ppo", "q", "b", 1)], "ppo")
 
 
+def test_conversations_that_end_alike_are_told_apart() -> None:
+    cats, dogs = (
+        [
+            {"role": "user", "content": about},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "Go on."},
+        ]
+        for about in ("Cats.", "Dogs.")
+    )
+    new = [answer("ppo", cats, "a", 1.0), answer("ppo", dogs, "b", 0.0)]
+    current = [answer("ppo", cats, "c", 0.0), answer("ppo", dogs, "d", 1.0)]
+    found = pair_answers(new, current, "ppo")
+    assert [(pair.prompt[0][1], pair.new, pair.current) for pair in found] == [("Cats.", "a", "c"), ("Dogs.", "b", "d")]
+    row = {"annotator": "kim", "responses": ["a", "c"], "ranks": [1, 2]}
+    people = people_beside_gold([{**row, "prompt": cats}, {**row, "prompt": dogs}], found, CONFIG)
+    assert people is not None
+    assert people.judgements == 1
+
+
 def test_outcomes() -> None:
     assert [outcome(2, 1), outcome(1, 1), outcome(0, 1)] == [1.0, 0.5, 0.0]
 
@@ -181,7 +207,7 @@ def test_outcomes() -> None:
 
 
 def said(who: str, pair: Pair, ranks: tuple[int, int]) -> dict[str, Any]:
-    turns = [{"role": "user", "content": pair.prompt}]
+    turns = [{"role": role, "content": content} for role, content in pair.prompt]
     return {"annotator": who, "prompt": turns, "responses": [pair.new, pair.current], "ranks": list(ranks)}
 
 
