@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from flows.recipe import copy_code, find_recipe, init_dvc, make_base
+from flows.recipe import copy_code, first_params, init_dvc, is_unfinished, make_base, making
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
-from tasks.pipeline import STAGES, apply_overrides, apply_recipe, checkout
+from tasks.pipeline import STAGES, apply_overrides, checkout, workspace_lock
 from tasks.stage import write_json, write_text
 
 ONLINE = "online"  # what the workspace is for
@@ -95,7 +95,8 @@ def open_campaign(
     """Bring a campaign's workspace up to date with the project's code, or make one; raises as `open_workspace` does."""
     folder = open_workspace(name, ONLINE, project=project, recipe=recipe, overrides=overrides, in_rounds=in_rounds)
     campaign = Campaign(name, folder)
-    write_text(campaign.folder / "dvc.yaml", _stages(campaign))
+    with workspace_lock(folder):
+        write_text(folder / "dvc.yaml", _stages(campaign))
     return campaign
 
 
@@ -117,34 +118,33 @@ def open_workspace(
         in_rounds: overrides that campaign.yaml has on top, so that the pipeline itself need not be computed anew.
 
     Raises:
-        ConfigError: the name is not one, or is taken by another kind; or recipe or overrides are given for one that has
-            begun with others.
+        ConfigError: the name is not one, or is taken by another kind; a value is impossible; or recipe or overrides are
+            given for one that has begun with others.
+        ResourceError: a run works in it, and would find other code under its feet.
     """
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"Found a campaign named {name!r}, expected letters, digits, - and _.")
     folder = project / ".rlhf" / name
-    begun = folder / "campaign.json"
     wanted = {"recipe": recipe, "overrides": list(overrides), "in_rounds": list(in_rounds)}
-    if begun.is_file():
-        known = {"in_rounds": [], **json.loads(begun.read_text(encoding="utf-8"))}
-        if (other := known.get("kind", ONLINE)) != kind:
-            raise ConfigError(f"Found {name} to be a campaign of `rlhf {other}`. Name another one for `rlhf {kind}`.")
-        if any(wanted.values()) and wanted != {key: known[key] for key in wanted}:
-            raise ConfigError(
-                f"Campaign {name} began with recipe {known['recipe']} and overrides {known['overrides']}, in its "
-                f"rounds {known['in_rounds']}. Leave them out to go on with it, or name another campaign."
-            )
-        _copy_code(folder, project)
-        return folder
-    if folder.exists() and any((folder / part).exists() for part in ("dvc.lock", "artifacts")):
-        raise ConfigError(f"{folder} is the workspace of a recipe. Give the campaign another name.")
-    _copy_code(folder, project)
-    shutil.copy(project / "params.yaml", folder)
+    if not _has_begun(folder, kind, wanted):
+        with TemporaryDirectory() as draft:  # a mistake is told before anything is written
+            first_params(recipe, overrides, Path(draft), project=project)
+            apply_overrides(in_rounds, root=Path(draft))
+    with workspace_lock(folder):
+        if _has_begun(folder, kind, wanted):  # asked again: another command may have begun it meanwhile
+            _copy_code(folder, project)
+            return folder
+        with making(folder):
+            _copy_code(folder, project)
+            _begin(folder, project, recipe, overrides, in_rounds)
+            write_json(folder / "campaign.json", {**wanted, "kind": kind, "id": uuid.uuid4().hex, "began": _now()})
+    return folder
+
+
+def _begin(folder: Path, project: Path, recipe: str | None, overrides: Sequence[str], in_rounds: Sequence[str]) -> None:
+    """The parameters that all rounds share, and what the project has computed already."""
     init_dvc(folder, cache=(project / ".dvc" / "cache").resolve())
-    params = load_params(folder / "params.yaml")
-    if recipe:
-        params = apply_recipe(find_recipe(recipe, project), root=folder)
-    params = apply_overrides(overrides, root=folder)
+    params = first_params(recipe, overrides, folder, project=project)
     make_base(params, folder)
     if not recipe and (project / "dvc.lock").is_file():  # what the project has computed need not be computed again
         shutil.copy(project / "dvc.lock", folder)
@@ -156,8 +156,24 @@ def open_workspace(
         shutil.copy(folder / "params.yaml", draft)
         apply_overrides(in_rounds, root=Path(draft))
         shutil.copy(Path(draft) / "params.yaml", folder / "campaign.yaml")
-    write_json(begun, {**wanted, "kind": kind, "id": uuid.uuid4().hex, "began": _now()})
-    return folder
+
+
+def _has_begun(folder: Path, kind: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether the campaign is there; raises as `open_workspace` does where the folder is another's."""
+    begun, name = folder / "campaign.json", folder.name
+    if begun.is_file():
+        known = {"in_rounds": [], **json.loads(begun.read_text(encoding="utf-8"))}
+        if (other := known.get("kind", ONLINE)) != kind:
+            raise ConfigError(f"Found {name} to be a campaign of `rlhf {other}`. Name another one for `rlhf {kind}`.")
+        if any(wanted.values()) and wanted != {key: known[key] for key in wanted}:
+            raise ConfigError(
+                f"Campaign {name} began with recipe {known['recipe']} and overrides {known['overrides']}, in its "
+                f"rounds {known['in_rounds']}. Leave them out to go on with it, or name another campaign."
+            )
+        return True
+    if any((folder / part).exists() for part in ("dvc.lock", "artifacts")) and not is_unfinished(folder):
+        raise ConfigError(f"{folder} is the workspace of a recipe. Give the campaign another name.")
+    return False
 
 
 def _copy_code(folder: Path, project: Path) -> None:

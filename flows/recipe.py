@@ -8,14 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_core.config import Params
 from rlhf_core.errors import MissingArtifact, RLHFError
-from tasks.pipeline import apply_recipe
+from tasks.pipeline import LOCK, apply_overrides, apply_recipe, workspace_lock
 
 CODE = ("rlhf_core", "tasks", "data/starter", "data/red_team", "recipes")
 FILES = ("dvc.yaml", ".dvcignore", "constitution.yaml")
+STATES = ("campaign.json", "sweep.json")  # written last; a recipe's workspace has none
+MAKING = ".rlhf/making"  # stands while a workspace of these is made
 
 
 def make_workspace(recipe: str, folder: Path, *, project: Path) -> Params:
@@ -23,14 +27,61 @@ def make_workspace(recipe: str, folder: Path, *, project: Path) -> Params:
 
     Raises:
         MissingArtifact: there is no such recipe; names those that there are.
+        ResourceError: a run works in it, and would find other code under its feet.
     """
-    source = find_recipe(recipe, project)
-    copy_code(folder, project)
-    shutil.copy(project / "params.yaml", folder)
-    init_dvc(folder)
-    params = apply_recipe(source, root=folder)
-    make_base(params, folder)
+    find_recipe(recipe, project)
+    with workspace_lock(folder):
+        discard_unfinished(folder)
+        copy_code(folder, project)
+        init_dvc(folder)
+        params = first_params(recipe, (), folder, project=project)
+        make_base(params, folder)
     return params
+
+
+def first_params(recipe: str | None, overrides: Sequence[str], folder: Path, *, project: Path) -> Params:
+    """Put the project's params.yaml into a folder, with a recipe's values and overrides on top; returns the whole.
+
+    Raises:
+        MissingArtifact: there is no such recipe.
+        ConfigError: a value is impossible.
+    """
+    source = find_recipe(recipe, project) if recipe else None
+    shutil.copy(project / "params.yaml", folder)
+    if source:
+        apply_recipe(source, root=folder)
+    return apply_overrides(overrides, root=folder)
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a campaign's or a sweep's workspace, which ends with its state; one that is cut off is made anew next time.
+
+    Whoever makes it holds its lock.
+    """
+    discard_unfinished(folder)
+    (folder / MAKING).touch()
+    yield
+    (folder / MAKING).unlink()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether the making of a campaign's or a sweep's workspace was cut off here: what lies in it is nobody's work."""
+    return (folder / MAKING).is_file() and not any((folder / state).is_file() for state in STATES)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove what was left by a making that was cut off; the mark goes last, the lock stays."""
+    if not is_unfinished(folder):
+        return
+    for path in (*folder.iterdir(), *(folder / ".rlhf").iterdir()):
+        if path in (folder / ".rlhf", folder / MAKING, folder / LOCK):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / MAKING).unlink()
 
 
 def find_recipe(recipe: str, project: Path) -> Path:

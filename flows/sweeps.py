@@ -8,18 +8,20 @@ import json
 import shutil
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import yaml
 
-from flows.recipe import copy_code, find_recipe, init_dvc, make_base
+from flows.recipe import copy_code, first_params, init_dvc, is_unfinished, make_base, making
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 from rlhf_core.pareto import Outcome, Reached, render_pareto, unbeaten
 from rlhf_core.statistics import Interval
 from tasks.files import write_csv
-from tasks.pipeline import STAGES, apply_overrides, apply_recipe, checkout
+from tasks.pipeline import STAGES, checkout, workspace_lock
 from tasks.stage import write_json, write_text
 
 SHARED = ("prepare", "sft", "reward")  # the same for all points
@@ -92,12 +94,40 @@ def open_sweep(
     Its parameters are the project's of the day it began, so that its points can be compared.
 
     Raises:
-        ConfigError: the name or the axes are none, there are no points, or what it began with is given otherwise.
+        ConfigError: the name or the axes are none, there are no points, a value is impossible, or what it began with is
+            given otherwise.
+        ResourceError: a run works in it, and would find other code under its feet.
     """
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"Found a sweep named {name!r}, expected letters, digits, - and _.")
-    folder, wanted = project / ".rlhf" / name, {"recipe": recipe, "overrides": list(overrides)}
-    state = folder / "sweep.json"
+    folder = project / ".rlhf" / name
+    state, asked = folder / "sweep.json", (axes, weights, limits, recipe, overrides)
+    known, points = _agreed(folder, *asked)
+    values = _values(folder) if state.is_file() else _first_values(known, project)
+    for point in points:
+        _params_of(values, point)  # a weight that cannot be is told before anything is written
+    with workspace_lock(folder):
+        known, points = _agreed(folder, *asked)  # again: another command may have begun it meanwhile
+        with nullcontext() if state.is_file() else making(folder):
+            copy_code(folder, project)
+            init_dvc(folder, cache=(project / ".dvc" / "cache").resolve())
+            if not state.is_file():
+                _begin(folder, project, known, values)
+            write_json(state, known)
+    first, second = known["axes"]
+    return Sweep(name, folder, (first, second), points, known["id"])
+
+
+def _agreed(
+    folder: Path,
+    axes: Sequence[str],
+    weights: Sequence[float],
+    limits: Sequence[float],
+    recipe: str | None,
+    overrides: Sequence[str],
+) -> tuple[dict[str, Any], list[Point]]:
+    """What a sweep has and what is asked for in one, and all its points; raises as `open_sweep` does."""
+    name, state, wanted = folder.name, folder / "sweep.json", {"recipe": recipe, "overrides": list(overrides)}
     if state.is_file():
         known = json.loads(state.read_text(encoding="utf-8"))
         if (recipe or overrides) and wanted != {key: known[key] for key in wanted}:
@@ -108,7 +138,8 @@ def open_sweep(
         if axes and list(axes) != known["axes"]:
             raise ConfigError(f"Sweep {name} is over {', '.join(known['axes'])}; found {', '.join(axes)}.")
     else:
-        if folder.exists() and any((folder / part).exists() for part in ("dvc.lock", "artifacts", "campaign.json")):
+        others = any((folder / part).exists() for part in ("dvc.lock", "artifacts", "campaign.json"))
+        if others and not is_unfinished(folder):
             raise ConfigError(f"{folder} is the workspace of a recipe or campaign. Give the sweep another name.")
         known = {**wanted, "axes": list(axes), "weights": [], "limits": [], "id": uuid.uuid4().hex}
     if len(set(known["axes"])) != 2 or len(known["axes"]) != 2:
@@ -119,43 +150,42 @@ def open_sweep(
     points = points_of((first, second), known["weights"], known["limits"])
     if not points:
         raise ConfigError("Found no points, expected some, such as: --weights 0,0.5,1 or --limits=-0.3")
-    copy_code(folder, project)
-    init_dvc(folder, cache=(project / ".dvc" / "cache").resolve())
-    if not state.is_file():
-        _begin(folder, project, known)
-    sweep = Sweep(name, folder, (first, second), points, known["id"])
-    for point in points:
-        _params_of(sweep, point)  # a weight that cannot be is told before anything runs
-    write_json(state, known)
-    return sweep
+    return known, points
 
 
-def _begin(folder: Path, project: Path, known: dict[str, Any]) -> None:
-    """The parameters that all points share, and what the project has computed already."""
-    shutil.copy(project / "params.yaml", folder)
-    if known["recipe"]:
-        apply_recipe(find_recipe(known["recipe"], project), root=folder)
-    params = apply_overrides(known["overrides"], root=folder)
-    values = _values(folder)
+def _first_values(known: dict[str, Any], project: Path) -> dict[str, Any]:
+    """The parameters that all points share, as the sweep begins."""
+    with TemporaryDirectory() as draft:
+        params = first_params(known["recipe"], known["overrides"], Path(draft), project=project)
+        values = _values(Path(draft))
     values["reward"]["axes"] = list(dict.fromkeys([*params.reward.axes, *known["axes"]]))
-    _write_params(values, folder)
-    make_base(params, folder)
+    return values
+
+
+def _begin(folder: Path, project: Path, known: dict[str, Any], values: dict[str, Any]) -> None:
+    """Write the parameters, and bring what the project has computed already."""
+    make_base(_write_params(values, folder), folder)
     if not known["recipe"] and (project / "dvc.lock").is_file():
         _take_over(project, folder, SHARED)
 
 
 def begin_point(sweep: Sweep, point: Point, *, project: Path) -> Path:
-    """Lay out a point's workspace: code, parameters, and what the shared stages left; returns it. May be repeated."""
+    """Lay out a point's workspace: code, parameters, and what the shared stages left; returns it. May be repeated.
+
+    Raises:
+        ResourceError: a run works in it, and would find other code under its feet.
+    """
     folder = sweep.workspace(point)
-    copy_code(folder, project)
-    init_dvc(folder, cache=(project / ".dvc" / "cache").resolve())
-    values = _params_of(sweep, point)
-    if not (folder / "params.yaml").is_file() or _values(folder) != values:
-        _write_params(values, folder)
-    base = load_params(folder / "params.yaml").prepare.base.removeprefix("path:")
-    if base.startswith(".rlhf/"):  # a recipe's random model
-        shutil.copytree(sweep.folder / base, folder / base, dirs_exist_ok=True)
-    _take_over(sweep.folder, folder, SHARED)
+    with workspace_lock(folder):
+        copy_code(folder, project)
+        init_dvc(folder, cache=(project / ".dvc" / "cache").resolve())
+        values = _params_of(_values(sweep.folder), point)
+        if not (folder / "params.yaml").is_file() or _values(folder) != values:
+            _write_params(values, folder)
+        base = load_params(folder / "params.yaml").prepare.base.removeprefix("path:")
+        if base.startswith(".rlhf/"):  # a recipe's random model
+            shutil.copytree(sweep.folder / base, folder / base, dirs_exist_ok=True)
+        _take_over(sweep.folder, folder, SHARED)
     return folder
 
 
@@ -172,9 +202,8 @@ def _take_over(source: Path, folder: Path, stages: Sequence[str]) -> None:
     checkout(root=folder)
 
 
-def _params_of(sweep: Sweep, point: Point) -> dict[str, Any]:
-    values = _values(sweep.folder)
-    values["ppo"] |= point.ppo
+def _params_of(shared: dict[str, Any], point: Point) -> dict[str, Any]:
+    values = {**shared, "ppo": shared["ppo"] | point.ppo}
     check_params(values, source=f"point {point.name}")
     return values
 

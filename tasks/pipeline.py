@@ -31,6 +31,7 @@ from tasks.mending import mend
 
 STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate")
 PARAMS = "params.yaml"
+LOCK = ".rlhf/flow.lock"
 LOCK_PATIENCE_SECONDS = 10.0  # DVC's own repository lock is held for moments, unless another command works long
 NOISE = ("Use `dvc push`", "To track the changes with git", "To enable auto staging", "Updating lock file",
          "Generating lock file", "Data and pipelines are up to date", "\tgit add")  # fmt: skip
@@ -156,7 +157,7 @@ def workspace_lock(root: Path) -> Iterator[None]:
 
     The lock goes with its process, however that ends, so there is never a stale one to remove.
     """
-    path = root / ".rlhf" / "flow.lock"
+    path = root / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:

@@ -11,7 +11,8 @@ from toy import PROJECT
 from flows import campaign as campaigns
 from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_round, open_campaign, overview, words
 from rlhf_core.config import load_params
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
+from tasks.pipeline import workspace_lock
 from tasks.stage import write_text
 
 CHECK = {"name": "win_rate", "value": 0.6, "limit": 0.5, "passed": True, "words": "gold prefers the new policy in 60%"}
@@ -186,3 +187,44 @@ def test_decisions_are_told_in_words(campaign: Campaign) -> None:
 def test_a_workspace_of_another_kind_is_not_taken(campaign: Campaign) -> None:
     with pytest.raises(ConfigError, match=r"Found try to be a campaign of `rlhf online`\. Name another"):
         campaigns.open_workspace("try", "constitution", project=project_of(campaign))
+
+
+def test_a_mistake_is_told_before_anything_is_written(campaign: Campaign) -> None:
+    project = project_of(campaign)
+    for mistake in ({"overrides": ["ppo.updtes=10"]}, {"in_rounds": ["ppo.updtes=10"]}):
+        with pytest.raises(ConfigError, match=r"unknown key ppo\.updtes; did you mean ppo\.updates\?"):
+            open_campaign("typo", project=project, **mistake)
+    with pytest.raises(MissingArtifact, match=r"Found no recipes/huge\.yaml"):
+        open_campaign("typo", project=project, recipe="huge")
+    assert not (project / ".rlhf/typo").exists()
+
+
+def test_a_workspace_that_was_cut_off_in_the_making_is_made_anew(
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = project_of(campaign)
+    write_text(project / "dvc.lock", "stages: {}\n")  # what the project has computed is taken over
+
+    def killed(*, root: Path) -> None:
+        write_text(root / "artifacts/half", "")
+        write_text(root / ".rlhf/tiny-model/half", "")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(campaigns, "checkout", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_campaign("cut", project=project, overrides=["ppo.updates=10"])
+    begun = open_campaign("cut", project=project, recipe="tiny")
+    assert load_params(begun.folder / "params.yaml").ppo.updates != 10
+    assert [part for part in ("artifacts", "dvc.lock", ".rlhf/tiny-model") if (begun.folder / part).exists()] == []
+    write_text(begun.folder / "artifacts/whole", "")
+    assert (open_campaign("cut", project=project).folder / "artifacts/whole").exists()
+
+
+def test_the_code_under_a_running_round_is_left_alone(campaign: Campaign) -> None:
+    known = campaign.folder / "rlhf_core/known"
+    known.touch()
+    with workspace_lock(campaign.folder), pytest.raises(ResourceError, match="Another pipeline run works in"):
+        open_campaign("try", project=project_of(campaign))
+    assert known.exists()
+    open_campaign("try", project=project_of(campaign))
+    assert not known.exists()

@@ -16,7 +16,7 @@ from flows import cli, preflight
 from flows.listening import require_free
 from flows.recipe import make_workspace
 from rlhf_core.errors import MissingArtifact, ResourceError
-from tasks.pipeline import STAGES
+from tasks.pipeline import STAGES, workspace_lock
 
 
 def test_help_is_quick_and_loads_no_tool() -> None:
@@ -76,6 +76,13 @@ def test_a_taken_port_names_the_next() -> None:
 def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(MissingArtifact, match=r"Found no recipes/huge\.yaml\. Recipes here: .*tiny"):
         make_workspace("huge", tmp_path, project=PROJECT)
+
+
+def test_the_code_under_a_running_recipe_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "rlhf_core").mkdir()
+    with workspace_lock(tmp_path), pytest.raises(ResourceError, match="Another pipeline run works in"):
+        make_workspace("tiny", tmp_path, project=PROJECT)
+    assert list((tmp_path / "rlhf_core").iterdir()) == []
 
 
 GIB = 1024**3

@@ -19,8 +19,8 @@ from flows import sweeps
 from flows.cli import app
 from flows.sweeps import Point, Sweep, as_table, begin_point, open_sweep, points_of, reached, write_frontier
 from rlhf_core.config import load_params
-from rlhf_core.errors import ConfigError, MissingArtifact
-from tasks.pipeline import STAGES
+from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
+from tasks.pipeline import STAGES, workspace_lock
 from tasks.stage import write_text
 
 AXES = ("helpfulness", "harmlessness")
@@ -112,6 +112,40 @@ def test_what_is_no_sweep_is_told_before_anything_is_made(project: Path) -> None
     write_text(project / ".rlhf/tiny/dvc.lock", "")
     with pytest.raises(ConfigError, match="is the workspace of a recipe or campaign"):
         begin(project, "tiny")
+
+
+def test_a_mistake_is_told_before_anything_is_written(project: Path) -> None:
+    for mistake, why in (
+        ("ppo.updtes=10", "did you mean ppo.updates"),
+        ("ppo.whiten_rewards=true", "whiten_rewards true"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            begin(project, overrides=[mistake])
+    assert not (project / ".rlhf").exists()
+
+
+def test_a_sweep_that_was_cut_off_in_the_making_is_made_anew(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(project / "dvc.lock", "stages: {}\n")
+
+    def killed(*, root: Path) -> None:
+        write_text(root / "artifacts/half", "")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "checkout", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begin(project, recipe=None)
+    folder = begin(project).folder
+    assert [part for part in ("artifacts", "dvc.lock") if (folder / part).exists()] == []
+
+
+def test_the_code_under_a_running_sweep_is_left_alone(project: Path) -> None:
+    sweep = begin(project)
+    point = sweep.points[0]
+    for folder in (sweep.folder, begin_point(sweep, point, project=project)):
+        (folder / "rlhf_core/known").touch()
+        with workspace_lock(folder), pytest.raises(ResourceError, match="Another pipeline run works in"):
+            begin(project) if folder == sweep.folder else begin_point(sweep, point, project=project)
+        assert (folder / "rlhf_core/known").exists()
 
 
 def test_numbers_of_the_command_line_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
