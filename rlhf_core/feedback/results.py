@@ -115,11 +115,16 @@ def find(session: Session) -> Results:
 
 
 def comparisons(session: Session) -> list[Comparison]:
-    """Win rates of each pair of sources, the pair in the order in which it was imported."""
+    """Win rates of each pair of sources, the pair in the order in which it was imported.
+
+    Two answers of one name, such as those of rows that do not tell who wrote them, say nothing of sources.
+    """
     by_pair: dict[tuple[str, str], list[Judgement]] = {}
     for judgement in _judgements(session, "compare"):
         if judgement.verdict in ANSWERS:
             first, second = judgement.item.sources
+            if first == second:
+                continue
             pair = (second, first) if (second, first) in by_pair else (first, second)
             by_pair.setdefault(pair, []).append(judgement)
     wanted = _wanted(session)

@@ -8,6 +8,7 @@ from scipy.stats import binomtest
 from sqlalchemy import select
 
 from rlhf_core.agreement import judged_so_far, wilson
+from rlhf_core.feedback import exchange
 from rlhf_core.feedback.results import agreement, comparisons, habits
 from rlhf_core.feedback.store import Item, Judgement, Store
 from rlhf_core.statistics import length_controlled_win_rate
@@ -53,6 +54,20 @@ def test_win_rates_by_all_and_by_annotator(browser: Browser, store: Store, items
     page = kim.get("/results").text
     assert "ppo against sft" in page
     assert "67\u202f%" in page
+
+
+def test_answers_of_one_name_are_no_comparison_of_sources(browser: Browser, store: Store) -> None:
+    row = {"prompt": "Q?", "responses": ["One.", "Two."]}
+    rows = [(1, row), (2, {**row, "prompt": "R?", "origins": ["sft", "sft"]})]
+    with store.session() as session:
+        exchange.add_items(session, exchange.find_items("two", rows, kind="compare", policies=("ppo", "sft"), how=""))
+    kim = browser("kim", admin=True)
+    for number in range(2):
+        assert kim.judge("compare", client_id=f"client-{number}").status_code == 200
+    with store.session() as session:
+        assert comparisons(session) == []
+        assert habits(session, "compare")[0].judged == 2
+    assert kim.get("/results").status_code == 200
 
 
 def test_the_rate_at_equal_length_takes_away_what_length_explains(browser: Browser, store: Store, items: None) -> None:
