@@ -30,6 +30,11 @@ class Found(NamedTuple):
     category: str
     gold: list[int] | None = None  # the ranks that are right; None where that is what is asked
 
+    @property
+    def identical(self) -> bool:
+        """Whether it compares two equal texts, which nobody can judge."""
+        return self.kind == "compare" and self.responses[0].strip() == self.responses[1].strip()
+
     def key(self) -> str:
         """Hash of the content, whatever order the responses came in."""
         told = [self.kind, self.prompt, sorted(zip(self.responses, self.sources, strict=True))]
@@ -136,8 +141,8 @@ def add_items(session: Session, items: Sequence[Found], *, overlap: int = 1, axe
     known = set(session.scalars(select(Item.key)))
     added = {"rank": 0, "compare": 0, "write": 0}
     identical = repeated = 0
-    for item in map(_stored, items):
-        if item.kind == "compare" and item.responses[0].strip() == item.responses[1].strip():
+    for item in map(stored, items):
+        if item.identical:
             identical += 1
         elif (key := item.key()) in known:
             repeated += 1
@@ -216,7 +221,7 @@ def as_lines(rows: Iterator[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _stored(item: Found) -> Found:
+def stored(item: Found) -> Found:
     """The item with texts that every database takes."""
     return item._replace(
         prompt=[(role, storable(content)) for role, content in item.prompt],

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from rlhf_core.feedback.exchange import Found, as_turns, export_rankings
+from rlhf_core.feedback.exchange import Found, as_turns, export_rankings, stored
 from rlhf_core.feedback.judging import COUNTS, LIVE, Kind
 from rlhf_core.feedback.store import Item, Judgement
 
@@ -22,16 +22,20 @@ class Count(NamedTuple):
 
 
 def items_from(rows: Sequence[dict[str, Any]], kind: Kind) -> list[Found]:
-    """Rows of `prompt`, `responses`, `origins` and `category` as items of a kind."""
-    return [
+    """Rows of `prompt`, `responses`, `origins` and `category` as items of a kind, as they will lie in the database.
+
+    Of other texts their keys would be none that are there.
+    """
+    found = (
         Found(kind, as_turns(row["prompt"]), row["responses"], row["origins"], str(row.get("category") or ""))
         for row in rows
-    ]
+    )
+    return [stored(item) for item in found]
 
 
 def open_again(session: Session, keys: Sequence[str], *, overlap: int) -> None:
-    """Let items be judged that were closed, such as those that another round showed before."""
-    session.execute(update(Item).where(Item.key.in_(keys), Item.overlap == 0).values(overlap=overlap))
+    """Let so many people judge each item: also those that were closed, or were opened for fewer people before."""
+    session.execute(update(Item).where(Item.key.in_(keys), Item.overlap < overlap).values(overlap=overlap))
 
 
 def count(session: Session, keys: Sequence[str], *, overlap: int) -> Count:
@@ -52,11 +56,15 @@ def rankings(session: Session, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def comparisons(session: Session, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What was said of these pairs: ranks in the items' order, equal for a tie or both bad; `first` stood first."""
+    """What was said of these pairs: ranks in the items' order, equal for a tie or both bad; `first` stood first.
+
+    `item` is the key of what was judged.
+    """
     query = select(Judgement).join(Item).where(LIVE, Judgement.verdict != "skipped", Item.key.in_(keys))
     for judgement in session.scalars(query.order_by(Judgement.id)):
         item = judgement.item
         yield {
+            "item": item.key,
             "prompt": [{"role": role, "content": content} for role, content in item.prompt],
             "responses": item.responses,
             "ranks": judgement.ranks or [1] * len(item.responses),

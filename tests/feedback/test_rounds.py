@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 from people import Person
+from sqlalchemy import select
 
 from rlhf_core.feedback import exchange, rounds
-from rlhf_core.feedback.store import Store
+from rlhf_core.feedback.store import Item, Store
 
 ROWS = [
     {
@@ -96,3 +97,22 @@ def test_comparisons_tell_ties_and_both_bad_as_equal(store: Store, browser: Call
     assert sorted(sorted(row["ranks"]) for row in said) == [[1, 1], [1, 2]]
     assert {row["annotator"] for row in said} == {"kim"}
     assert all(row["responses"] == ["New.", "Old."] for row in said)
+
+
+def test_a_larger_overlap_asks_more_people_about_known_items(store: Store, keys: list[str]) -> None:
+    for overlap, expected in ((3, 3), (1, 3)):
+        with store.session() as session:
+            exchange.add_items(session, rounds.items_from(ROWS, "rank"), overlap=overlap)
+            rounds.open_again(session, keys, overlap=overlap)
+        with store.session() as session:
+            assert set(session.scalars(select(Item.overlap).where(Item.key.in_(keys)))) == {expected}
+
+
+def test_an_answer_with_a_character_that_no_database_takes_is_counted(
+    store: Store, browser: Callable[..., Person]
+) -> None:
+    found = rounds.items_from([{**ROWS[0], "responses": ["On\0e.", "Two.", "Three."]}], "rank")
+    with store.session() as session:
+        exchange.add_items(session, found, overlap=2)
+    assert browser("kim").judge(client_id="kim-00000001").status_code == 200
+    assert counted(store, [item.key() for item in found]) == rounds.Count(1, 2)
