@@ -109,6 +109,7 @@ def online(
         project = find_root()
         if project.parent.name == ".rlhf":  # the flow was started in a workspace
             project = project.parents[1]
+        waiting = waiting.model_copy(update={"database": _database(waiting.database, project)})
         campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides, in_rounds=in_rounds)
         with chdir(campaign.folder), workspace_lock(campaign.folder):
             check_disk(campaign.folder)
@@ -126,6 +127,14 @@ def online(
         return Failed(message=str(error), data=error)
     promoted = max(decision["round"] for decision in decisions if decision["promoted"])
     return Completed(message=f"Round {len(decisions) - 1} is over; the current policy is that of round {promoted}.")
+
+
+def _database(named: str | None, project: Path) -> str:
+    """Where judgements are kept: a relative name is one in the project's folder, where `rlhf feedback` is served."""
+    from rlhf_core.feedback.store import located
+
+    named = named or os.environ.get("RLHF_FEEDBACK_DATABASE")
+    return located(named, project) if named else str(record_folder(project) / "feedback.db")
 
 
 def _take_over(campaign: Campaign) -> None:
@@ -291,8 +300,8 @@ def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) 
     from rlhf_core.feedback.exchange import add_items
     from rlhf_core.feedback.store import open_store
 
-    database = waiting.database or os.environ.get("RLHF_FEEDBACK_DATABASE") or str(record_folder() / "feedback.db")
-    store, keys, log = open_store(database), [item.key() for item in items], get_run_logger()
+    assert waiting.database, "the flow says where judgements are kept"
+    store, keys, log = open_store(waiting.database), [item.key() for item in items], get_run_logger()
     with store.session() as session:
         add_items(session, items, overlap=waiting.overlap)
         rounds.open_again(session, keys, overlap=waiting.overlap)
@@ -317,7 +326,7 @@ def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) 
     if waiting.address:
         found = wait(waiting.address)
     else:
-        with pages(database, port=waiting.port, say=log.info) as address:
+        with pages(waiting.database, port=waiting.port, say=log.info) as address:
             found = wait(address)
     with store.session() as session:
         rounds.close(session, keys)

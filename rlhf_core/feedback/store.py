@@ -16,6 +16,7 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import JSON, DateTime, Engine, ForeignKey, Index, String, Text, create_engine, event, select, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
@@ -206,6 +207,18 @@ def open_store(database: str | Path) -> Store:
     except OperationalError as error:
         raise ResourceError(f"The database cannot be opened: {error.orig}") from error
     return Store(engine)
+
+
+def located(database: str, folder: Path) -> str:
+    """The same database from wherever it is opened: a file that is named relative to a folder is named in full."""
+    if "://" not in database:
+        return str(folder / database)
+    if not database.startswith("sqlite"):
+        return database
+    url = make_url(database)
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        return database
+    return url.set(database=str(folder / url.database)).render_as_string(hide_password=False)
 
 
 def _make_private(path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, select, text
 
-from rlhf_core.feedback.store import MIGRATIONS, Base, Item, Judgement, Store, open_store
+from rlhf_core.feedback.store import MIGRATIONS, Base, Item, Judgement, Store, located, open_store
 
 
 def test_the_migrations_make_the_tables_of_the_models(store: Store) -> None:
@@ -59,3 +60,19 @@ def test_a_database_of_the_first_version_is_taken_over_with_all_that_is_in_it(tm
         assert (judgement.item.axes, judgement.item.gold, judgement.item.gold_from) == ([], None, None)
         assert session.scalars(select(Item)).one().prompt == [["user", "Why?"]]
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("judge.db", "/project/judge.db"),
+        ("/else/judge.db", "/else/judge.db"),
+        ("sqlite:///judge.db", "sqlite:////project/judge.db"),
+        ("sqlite:////else/judge.db", "sqlite:////else/judge.db"),
+        ("sqlite://", "sqlite://"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql+psycopg://kim:word@host/name", "postgresql+psycopg://kim:word@host/name"),
+    ],
+)
+def test_a_file_named_relative_to_a_folder_is_the_same_from_everywhere(named: str, expected: str) -> None:
+    assert located(named, Path("/project")) == expected
