@@ -255,6 +255,8 @@ def _ask(campaign: Campaign, number: int, rows: list[dict[str, Any]], waiting: W
     """Rankings by people: the items are opened on the pages, and the flow waits."""
     from rlhf_core.feedback.rounds import items_from, rankings
 
+    if not rows:
+        return []
     found = _wait(campaign, items_from(rows, "rank"), waiting, what=f"round {number} of {campaign.name}")
     with found.store.session() as session:
         return rankings(session, found.keys)
@@ -269,21 +271,25 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
     if config.judge == PEOPLE:
         from rlhf_core.data import prompt_field
         from rlhf_core.feedback.rounds import comparisons, items_from
-        from rlhf_core.gate import pair_answers
+        from rlhf_core.gate import pair_answers, to_compare
 
         new, current = (read_rows(campaign.folder / path) for path in (ANSWERS, f"{START}/answers.jsonl"))
-        first = {pair.prompt: pair for pair in reversed(pair_answers(new, current, "ppo"))}  # one pair a prompt
-        items = items_from(
-            [
-                {"prompt": prompt_field(pair.prompt), "responses": [pair.new, pair.current], "category": pair.category,
-                 "origins": [f"round-{number}", "current"]}
-                for pair in first.values() if pair.new != pair.current
-            ],
-            "compare",
-        )  # fmt: skip
-        found = _wait(campaign, items, waiting, what=f"the comparison of round {number} of {campaign.name}")
-        with found.store.session() as session:
-            rows = list(comparisons(session, found.keys))
+        asked = [
+            {"prompt": prompt_field(pair.prompt), "responses": [pair.new, pair.current], "category": pair.category,
+             "origins": [f"round-{number}", "current"]}
+            for pair in to_compare(pair_answers(new, current, "ppo"))
+        ]  # fmt: skip
+        items = {item.key(): (item, row) for item, row in zip(items_from(asked, "compare"), asked, strict=True)
+                 if not item.identical}  # fmt: skip
+        what = f"the comparison of round {number} of {campaign.name}"
+        if items:
+            found = _wait(campaign, [item for item, _ in items.values()], waiting, what=what)
+            with found.store.session() as session:
+                for said in comparisons(session, found.keys):
+                    _, row = items[said["item"]]  # its texts as the gate knows them, which a database may not take
+                    rows.append({**said, "prompt": row["prompt"], "responses": row["responses"]})
+        else:
+            get_run_logger().info(f"Nothing to ask for {what}: both policies gave the same answers")
     write_json(file, rows)
 
 

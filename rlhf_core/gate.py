@@ -98,6 +98,12 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
     return pairs
 
 
+def to_compare(pairs: Sequence[Pair]) -> list[Pair]:
+    """What people are shown: one pair a prompt, and none of equal answers, which nobody can compare."""
+    first = {pair.prompt: pair for pair in reversed(pairs)}
+    return [pair for pair in first.values() if pair.new != pair.current]
+
+
 def _sampled(rows: Sequence[Mapping[str, Any]], policy: str) -> dict[tuple[Message, ...], list[_Answer]]:
     """A policy's sampled answers by prompt."""
     found: dict[tuple[Message, ...], list[_Answer]] = {}
@@ -149,6 +155,7 @@ def judge_round(
     gold = judged if config.judge == "gold" else gold_rates(pairs, config)
     kl, own, sft = evaluate[policy]["kl"], evaluate[policy]["perplexity"], evaluate["sft"]["perplexity"]
     ratio = own / sft
+    nothing = config.judge == "people" and not to_compare(pairs)
     checks = [
         Check(
             "win_rate",
@@ -156,7 +163,8 @@ def judge_round(
             config.min_win_rate,
             judged.plain.low > config.min_win_rate,
             f"{config.judge} prefers the new policy in {in_percent(judged.plain)}; the lower end has to be above "
-            f"{config.min_win_rate:.0%}; between answers of equal length it is {in_percent(judged.equal)}",
+            f"{config.min_win_rate:.0%}; between answers of equal length it is {in_percent(judged.equal)}"
+            + ("; both gave the same answers, so that people had nothing to compare: all ties" if nothing else ""),
         ),
         Check("kl", kl, config.max_kl, kl <= config.max_kl, f"KL to SFT {kl:.1f} nats, {config.max_kl:g} at most"),
         Check(

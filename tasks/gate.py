@@ -12,7 +12,7 @@ from rlhf_core.config import Gate
 from rlhf_core.data import read_rows
 from rlhf_core.errors import DataError
 from rlhf_core.feedback.annotators import Item, rule
-from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates
+from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates, to_compare
 from rlhf_core.people import People, in_report, people_beside_gold
 from rlhf_core.statistics import outcome
 from tasks.stage import stage_run, write_json, write_text
@@ -49,15 +49,18 @@ def _judge(pairs: list[Pair], people: People | None, config: Gate) -> Rates:
     """The win rates by whom the configuration names."""
     if config.judge == "gold":
         return gold_rates(pairs, config)
+    longer, prompts = [pair.longer for pair in pairs], [pair.prompt for pair in pairs]
     if config.judge == "people":
-        if people is None:
+        if people is not None:
+            return people.rates
+        if to_compare(pairs):
             raise DataError(f"{COMPARISONS} holds no comparison, and gate.judge is people. Let somebody judge a few.")
-        return people.rates
+        return rates([0.5] * len(pairs), longer, prompts, config)
     annotator = rule(config.judge.removeprefix("rule:"))
     items = [Item(pair.prompt, (pair.new, pair.current)) for pair in pairs]
     ranks = [judgement.ranks for judgement in annotator.judge(items)]
     wins = [outcome(-new, -current) for new, current in ranks]
-    return rates(wins, [pair.longer for pair in pairs], [pair.prompt for pair in pairs], config)
+    return rates(wins, longer, prompts, config)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

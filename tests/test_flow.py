@@ -21,7 +21,9 @@ from toy import PROJECT, dvc, make_toy
 
 from flows.results import alarms, markdown, table_rows
 from flows.server import free_port
+from rlhf_core.errors import ConfigError
 from tasks.pipeline import STAGES
+from tasks.stage import write_text
 
 
 @pytest.fixture
@@ -296,6 +298,83 @@ def test_what_a_judge_says_is_a_ranking_that_tells_who_and_how_sure() -> None:
     assert "scores" not in row
     scored = as_ranking(Judgement((1, 2), {"reward": [0.5, 0.1]}), judge)
     assert parse_ranking({"prompt": "Q?", "responses": ["a", "b"], **scored}).scores == {"reward": [0.5, 0.1]}
+
+
+@pytest.fixture
+def campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A round under way whose gate asks people, with the answers of both policies; outside of a flow run."""
+    import logging
+
+    from flows import online
+    from flows.campaign import ANSWERS, ITEMS, START, Campaign
+
+    monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("online"))
+    values = yaml.safe_load((PROJECT / "params.yaml").read_text())
+    values["gate"]["judge"] = "people"
+    write_text(tmp_path / "params.yaml", yaml.safe_dump(values))
+    write_text(tmp_path / ITEMS, "")
+
+    def begin(new: str, current: str) -> Campaign:
+        for path, text in ((ANSWERS, new), (f"{START}/answers.jsonl", current)):
+            row = {"policy": "ppo", "how": "sampled", "prompt": "Q?", "text": text, "tokens": 2, "stopped": True}
+            write_text(tmp_path / path, json.dumps({**row, "gold_reward": 0.0}) + "\n")
+        return Campaign("try", tmp_path)
+
+    return begin
+
+
+def test_people_are_not_asked_where_there_is_nothing_to_ask(campaign: Any) -> None:
+    from flows.campaign import COMPARISONS
+    from flows.online import Waiting, _compare, _judge
+
+    round_1 = campaign("The same.", "The same.")
+    with pytest.raises(ConfigError, match="No judgement of round 1 ranks anything"):
+        _judge(round_1, 1, "people", Waiting())
+    _compare(round_1, 1, Waiting())
+    assert json.loads((round_1.folder / COMPARISONS).read_text()) == []
+
+
+def test_what_people_compared_stands_by_the_texts_that_the_gate_knows(
+    campaign: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import online
+    from flows.campaign import COMPARISONS
+    from rlhf_core.feedback.accounts import local_admin
+    from rlhf_core.feedback.exchange import add_items
+    from rlhf_core.feedback.judging import keep_guideline
+    from rlhf_core.feedback.store import Item, Judgement, open_store
+
+    round_1 = campaign("Ne\0w.", "Old.")
+    store = open_store(round_1.folder / "feedback.db")
+
+    def judged(_: Any, items: list[Any], *__: Any, **___: Any) -> Any:
+        with store.session() as session:
+            add_items(session, items)
+            version = keep_guideline(session, "Be kind.")
+        who = local_admin(store)
+        with store.session() as session:
+            [item] = session.query(Item).all()
+            said = {"verdict": "ranked", "ranks": [1, 2], "presented": [1, 0], "seconds": 1.0, "guideline": version}
+            session.add(Judgement(client_id="client-1", annotator_id=who, item_id=item.id, **said))
+        return online.Asked(store, [item.key() for item in items])
+
+    monkeypatch.setattr(online, "_wait", judged)
+    online._compare(round_1, 1, online.Waiting())
+    [row] = json.loads((round_1.folder / COMPARISONS).read_text())
+    assert (row["prompt"], row["responses"], row["ranks"], row["first"]) == ("Q?", ["Ne\0w.", "Old."], [1, 2], 1)
+    store.close()
+
+
+def test_judgements_are_kept_where_the_pages_of_the_project_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.online import _database
+
+    monkeypatch.setenv("RLHF_FEEDBACK_DATABASE", "judge.db")
+    assert _database(None, tmp_path) == str(tmp_path / "judge.db")
+    assert _database("sqlite:///other.db", tmp_path) == f"sqlite:///{tmp_path / 'other.db'}"
+    monkeypatch.delenv("RLHF_FEEDBACK_DATABASE")
+    assert _database(None, tmp_path) == str(tmp_path / ".rlhf/feedback.db")
 
 
 def test_an_alarm_of_ppo_is_told_at_the_end(tmp_path: Path) -> None:

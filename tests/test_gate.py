@@ -11,6 +11,7 @@ from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_a
 from rlhf_core.people import in_report, people_beside_gold
 from rlhf_core.records import Message
 from rlhf_core.statistics import Interval, length_controlled_win_rate, outcome
+from tasks.gate import _judge
 
 VALUES: dict[str, Any] = {
     "seed": 0,
@@ -286,3 +287,14 @@ def test_the_reports_page_has_the_places_that_people_are_put_before() -> None:
 
     template = (PROJECT / "rlhf_core/templates/report.html.j2").read_text(encoding="utf-8")
     assert (template.count(LINK), template.count(PLACE)) == (1, 1)
+
+
+def test_people_who_have_nothing_to_compare_are_all_ties_and_the_old_policy_stays() -> None:
+    config = CONFIG.model_copy(update={"judge": "people"})
+    same = [pair._replace(new="same", current="same") for pair in pairs(0, 0, ties=20)]
+    verdict = judge_round(same, _judge(same, None, config), EVALUATE, config)
+    assert failed(verdict) == ["win_rate"]
+    assert verdict.metrics["win_rate"] == 0.5
+    assert verdict.checks[0].words.endswith("people had nothing to compare: all ties")
+    with pytest.raises(DataError, match=r"holds no comparison, and gate\.judge is people"):
+        _judge(GOOD, None, config)
