@@ -46,7 +46,8 @@ def feedback(
 ) -> None:
     """Serve the pages on which people rank responses, compare policies and write. Ctrl-C ends it.
 
-    On this machine alone, with no accounts, nobody has to log in. Another --host needs an account with a password.
+    On this machine alone, with no accounts, nobody has to log in. Another --host needs an account with a password,
+    and so does --https.
 
     A first judgement of PPO against SFT:
 
@@ -63,6 +64,11 @@ def feedback(
         raise ConfigError(
             f"{host} can be reached from other machines, and nobody has a password. "
             "First: `rlhf feedback add-user NAME --admin`"
+        )
+    if https and not store.has_login():
+        raise ConfigError(
+            "--https is for a proxy, by way of which others come in as the person of this machine while nobody has a "
+            "password. First: `rlhf feedback add-user NAME --admin`"
         )
     import uvicorn
 

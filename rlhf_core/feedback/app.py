@@ -34,6 +34,7 @@ from rlhf_core.feedback.store import CONNECTIONS, Annotator, Store
 FOLDER = Path(__file__).parent
 MOST_BYTES = 1_000_000  # of a request's body
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FORWARDED = ("forwarded", "via", "x-real-ip")  # what proxies add, beside X-Forwarded-For, -Host, -Proto and the like
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self'; style-src 'self'; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -186,10 +187,12 @@ def is_local(request: Request) -> bool:
     """Whether nobody has a password, and the request comes from this machine and not by way of another.
 
     The host's name is looked at too, or a page elsewhere whose name leads to 127.0.0.1 could ask as the local person.
+    A proxy on this machine that adds no header, and asks for 127.0.0.1 itself, cannot be told from its person.
     """
     client = request.client.host if request.client else ""
-    here = client in LOOPBACK and request.url.hostname in LOOPBACK and "x-forwarded-for" not in request.headers
-    return here and not desk_of(request).store.has_login()
+    here = client in LOOPBACK and request.url.hostname in LOOPBACK
+    by_proxy = any(name in FORWARDED or name.startswith("x-forwarded") for name in request.headers)
+    return here and not by_proxy and not desk_of(request).store.has_login()
 
 
 def log_in(request: Request, annotator: Annotator) -> None:

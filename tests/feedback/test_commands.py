@@ -75,6 +75,16 @@ def test_other_machines_only_with_a_password(project: Path, monkeypatch: pytest.
     assert hosts == ["0.0.0.0"]
 
 
+def test_behind_a_proxy_only_with_a_password(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = served(monkeypatch)
+    with pytest.raises(ConfigError, match=r"^--https is for a proxy, .* nobody has a password\."):
+        run("--https")
+    assert hosts == []
+    run("add-user", "kim", password=f"{PASSWORD}\n")
+    run("--https")
+    assert hosts == ["127.0.0.1"]
+
+
 def test_mistakes_are_named(project: Path) -> None:
     (project / "bad.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"bad\.jsonl, line 1, row"):

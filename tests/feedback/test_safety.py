@@ -37,7 +37,17 @@ def test_one_person_on_this_machine_needs_no_login(browser: Browser) -> None:
     [
         ("192.0.2.7", "192.0.2.7", {}),
         ("evil.example", "127.0.0.1", {}),  # a name of theirs that leads here
-        ("127.0.0.1", "127.0.0.1", {"X-Forwarded-For": "192.0.2.7"}),
+        *(
+            ("127.0.0.1", "127.0.0.1", {header: value})
+            for header, value in (
+                ("X-Forwarded-For", "192.0.2.7"),
+                ("X-Forwarded-Host", "127.0.0.1"),
+                ("X-Forwarded-Proto", "https"),
+                ("X-Real-IP", "192.0.2.7"),
+                ("Forwarded", "for=192.0.2.7"),
+                ("Via", "1.1 proxy"),
+            )
+        ),
     ],
 )
 def test_nobody_else_comes_in_without_one(store: Store, host: str, client: str, headers: dict[str, str]) -> None:
