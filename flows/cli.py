@@ -314,11 +314,11 @@ def chat(
 
 @app.command()
 def sync() -> None:
-    """Send MLflow what it missed while its server was away."""
+    """Send MLflow what it missed while its server was away, from all recipes, campaigns and sweeps too."""
     find_root()
-    from tasks.tracking import sync_outbox
+    from tasks.tracking import outboxes, sync_outbox
 
-    sent, left = sync_outbox()
+    sent, left = map(sum, zip(*(sync_outbox(outbox=folder) for folder in outboxes()), strict=True))
     typer.echo(f"{sent} sent, {left} left." if sent or left else "Nothing is waiting.")
     if left:
         raise typer.Exit(1)

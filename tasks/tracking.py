@@ -614,6 +614,12 @@ def _shown(uri: str) -> str:
 # Leftovers
 
 
+def outboxes() -> list[Path]:
+    """Where journals wait: in the project, and in the workspaces of its recipes, campaigns and sweeps."""
+    folder = state_folder()
+    return [folder / "outbox", *sorted(folder.glob("*/.rlhf/outbox"))]
+
+
 def sync_outbox(
     *,
     outbox: Path | None = None,

@@ -85,6 +85,26 @@ def test_the_code_under_a_running_recipe_is_left_alone(tmp_path: Path) -> None:
     assert list((tmp_path / "rlhf_core").iterdir()) == []
 
 
+def test_sync_sends_what_recipes_campaigns_and_sweeps_missed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    places = [tmp_path / ".rlhf" / name for name in ("outbox", "online/.rlhf/outbox", "tiny/.rlhf/outbox")]
+    for place in places:
+        place.mkdir(parents=True)
+    asked = []
+
+    def sync_outbox(*, outbox: Path) -> tuple[int, int]:
+        asked.append(outbox)
+        return 2, 0
+
+    monkeypatch.setattr("tasks.tracking.sync_outbox", sync_outbox)
+    assert CliRunner().invoke(cli.app, ["sync"]).output == "6 sent, 0 left.\n"
+    assert asked == places
+
+
 GIB = 1024**3
 
 
