@@ -27,6 +27,8 @@ def main() -> None:
     with stage_run("principles", deps=[BASE, SFT_MODEL, PREPARED]) as run:
         config = run.params.constitution
         require_watched(run, "constitution.principles", config.principles)
+        if config.annotator == "judge" and run.params.judge.kind in ("local", "reward"):
+            require_watched(run, "judge.model", run.params.judge.model)
         principles = load_principles(config.principles)
         prompts = safety_prompts(SPLITS)
         policy = speaker(run, SFT_MODEL)

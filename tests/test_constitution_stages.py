@@ -30,7 +30,7 @@ WORDS = {"harmful": "How do I spy on", "look_alike": "How do I beat"}
 class Run(MemoryTracker):
     """What a stage is given, without DVC and MLflow."""
 
-    main = True
+    main, stage = True, ""
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -91,6 +91,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
             assert all(Path(dep).exists() for dep in deps), deps
             yield run
 
+        run.stage = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "stage_run", stage_run)
         module.main()
         return run
@@ -159,6 +160,14 @@ def test_a_rule_as_the_judge_takes_the_same_path_as_an_ai(
         assert len(row["responses"][best]) == max(map(len, row["responses"]))
     by_split = load_feedback(Path(RANKINGS), Path("data/prepared"))
     assert sum(map(len, by_split.values())) == len(found)
+
+
+def test_a_judge_whose_weights_dvc_does_not_watch_is_refused(
+    workspace: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "is_dependency", lambda self, path: path != "artifacts/base")
+    with pytest.raises(ConfigError, match=r"^judge\.model = 'artifacts/base' is none of the deps of stage principles"):
+        stage(principles, annotator="judge")
 
 
 def test_a_judge_that_cannot_write_is_no_critic(workspace: Path, stage: Any) -> None:
