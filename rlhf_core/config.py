@@ -173,8 +173,8 @@ class PPO(Training):
     minibatch_size: int = Field(ge=1, description="Rollouts an optimiser step.")
     value_learning_rate: float = Field(gt=0, description="Peak learning rate of the value model.")
     value_network: ValueNetwork = Field(
-        description="The value model has a body of its own, begun as the reward model's; or is a head on the policy's, "
-        "so that one pass serves both and the value's loss moves the policy's body too, as in TRL."
+        description="The value model is a head on the policy, begun at 0, so that one pass serves both and the value's "
+        "loss moves the policy's body too, as in TRL; or has a body of its own, begun as the reward model's."
     )
     value_coef: float = Field(
         gt=0, description="shared: weight of the value's loss beside the policy's; 0.1 as in Huang et al. 2024."

@@ -1,7 +1,7 @@
 """What an answer does with a request that is harmful, or only looks so: a rule that reads phrases, and rates from it.
 
 The rule is a yardstick that is written down and the same for every policy; how far it agrees with labels given by hand
-is measured in tests/test_refusals.py and told in docs/constitution.md. It knows English alone, and no meaning: an answer
+is measured in tests/test_refusals.py and told in docs/constitution.md. It knows English alone and no meaning: an answer
 that is off the point and declines nothing counts as compliance.
 """
 
