@@ -1,4 +1,4 @@
-"""Measures what Prefect, DVC and MLflow cost around five empty stages: `python scripts/orchestration_cost.py`.
+"""Measures what Prefect, DVC and MLflow cost around six empty stages: `python scripts/orchestration_cost.py`.
 
 Makes a workspace in a temporary folder, runs the real flow in it three times (new workspace, all stages run, nothing to
 do), and prints where the seconds go as a markdown table. docs/orchestration.md keeps one such table.
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from tasks.pipeline import STAGES
+
 PROJECT = Path(__file__).resolve().parents[1]
-STAGES = ("prepare", "sft", "reward", "ppo", "evaluate")
 STAGE = """
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ PHASES = (
 
 
 def make_workspace(folder: Path) -> None:
-    """Five stages in a chain that only report to MLflow."""
+    """The pipeline's stages in a chain, which only report to MLflow."""
     shutil.copy(PROJECT / "params.yaml", folder)
     (folder / "stage.py").write_text(STAGE, encoding="utf-8")
     stages = {}
