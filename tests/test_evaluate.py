@@ -219,7 +219,8 @@ def test_states_kept_while_sampling_change_no_number(
         for left, right in zip(ours.sampled[policy], plain.sampled[policy], strict=True):
             assert left.text == right.text
             numbers = [(one.reward, one.gold_reward, one.kl) for one in (left, right)]
-            assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-5)  # float32
+            # float32: a KL is a sum over tokens of differences of log-probs many times its size
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=5e-5)
 
 
 def test_a_summary_is_the_mean_of_its_responses(moved: Evaluation) -> None:
