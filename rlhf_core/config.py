@@ -39,6 +39,10 @@ class Prepare(Section):
         description="Files or hub data sets with prompts; those of the two above are added."
     )
     system: str = Field(description="System turn put before every prompt; empty for none, which saves its tokens.")
+    max_prompts: int = Field(
+        ge=0,
+        description="So many prompts at most, with all that is said of them, chosen by their hashes; 0 for all.",
+    )
     on_bad_row: Literal["stop", "quarantine"] = Field(description="Stop at bad rows, or set them aside and count them.")
     max_prompt_tokens: int = Field(ge=8, description="A longer prompt, template included, is a bad row. Tokens.")
     max_response_tokens: int = Field(ge=4, description="A longer response is cut here when trained on. Tokens.")

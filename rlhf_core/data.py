@@ -306,6 +306,12 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
     kept_demonstrations, doubled = _unique(demonstrations, lambda record: (record.prompt, record.response))
     kept_rankings, doubled_rankings = _unique(rankings, _ranking_key)
     kept_prompts, _ = _unique(prompts, lambda record: record.prompt)
+    if config.max_prompts:
+        digests = sorted((_digest(record.prompt) for record in kept_prompts), key=lambda digest: digest[8:])
+        chosen = set(digests[: config.max_prompts])  # by other bytes than those that tell the split
+        kept_demonstrations = [record for record in kept_demonstrations if _digest(record.prompt) in chosen]
+        kept_rankings = [record for record in kept_rankings if _digest(record.prompt) in chosen]
+        kept_prompts = [record for record in kept_prompts if _digest(record.prompt) in chosen]
     prepared = Prepared(
         _split([record._replace(category=kinds.get(record.prompt, "")) for record in kept_demonstrations], config),
         _split([record._replace(category=kinds.get(record.prompt, "")) for record in kept_rankings], config),
@@ -319,14 +325,17 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
 
 def split_of(prompt: Sequence[Message], config: Prepare) -> str:
     """The split of a prompt, from its hash alone: adding rows moves none, and no prompt is in two."""
-    # Folded as for duplicates: prompts that differ in case and spacing alone must not part.
-    digest = hashlib.sha256(json.dumps(_folded(prompt), ensure_ascii=False).encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    place = int.from_bytes(_digest(prompt)[:8], "big") / 2**64
     for split in ("test", "gold", "validation"):
         place -= getattr(config, f"{split}_fraction")
         if place < 0:
             return split
     return "train"
+
+
+def _digest(prompt: Sequence[Message]) -> bytes:
+    # Folded as for duplicates: prompts that differ in case and spacing alone must not part.
+    return hashlib.sha256(json.dumps(_folded(prompt), ensure_ascii=False).encode()).digest()
 
 
 def _check_length(prompt: Sequence[Message], config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -> None:

@@ -44,6 +44,7 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "rankings": [],
             "prompts": [],
             "system": "",
+            "max_prompts": 0,
             "on_bad_row": "stop",
             "max_prompt_tokens": 64,
             "max_response_tokens": 32,

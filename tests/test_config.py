@@ -102,6 +102,7 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
     [
         ("prepare", "base", "smollm2"),
         ("prepare", "base", "hub:"),
+        ("prepare", "max_prompts", -1),
         ("prepare", "on_bad_row", "skip"),
         ("prepare", "max_prompt_tokens", 7),
         ("prepare", "max_response_tokens", 3),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
@@ -457,6 +458,22 @@ def test_adding_rows_moves_none(
         assert set(before.rankings[split]) == set(after.rankings[split])
 
 
+def test_of_too_many_prompts_some_stay_with_all_their_rows_in_their_splits(
+    config: Callable[..., Prepare], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    twice = write_lines(tmp_path / "twice.jsonl", [*rankings(60), *({**row, "ranks": [2, 1]} for row in rankings(60))])
+    whole = prepare(config(rankings=[twice]), tokenizer, 256)
+    some, more = (prepare(config(rankings=[twice], max_prompts=count), tokenizer, 256) for count in (30, 40))
+    for kind, each in (("prompts", 1), ("demonstrations", 1), ("rankings", 2)):
+        assert sum(map(len, getattr(some, kind).values())) == 30 * each
+        for split in SPLITS:
+            kept = getattr(some, kind)[split]
+            assert kept == [record for record in getattr(whole, kind)[split] if record in kept]
+            assert set(kept) <= set(getattr(more, kind)[split])
+    # Chosen by the bytes that tell the split, all would lie in the split that comes first.
+    assert all(some.prompts[split] for split in SPLITS)
+
+
 def test_splits_have_the_shares_asked_for(section: Callable[..., Any]) -> None:
     config = section("prepare", test_fraction=0.2, gold_fraction=0.25, validation_fraction=0.1)
     counts = Counter(split_of((("user", f"prompt {n}"),), config) for n in range(4000))
@@ -707,6 +724,12 @@ def test_the_starter_prompts_are_many_and_of_eight_kinds(starter: dict[str, list
     assert len(kinds) == 8
     assert "" not in kinds
     assert min(kinds.values()) >= 40
+
+
+def test_no_two_starter_prompts_are_alike(starter: dict[str, list[Any]]) -> None:
+    words = [set(re.findall(r"\w+", record.prompt[-1][1].casefold())) for record in starter["prompts"]]
+    shared = max(len(left & right) / len(left | right) for left, right in combinations(words, 2))
+    assert shared < 0.4  # two prompts on jet lag are told apart; two wordings of one share more
 
 
 def test_the_starter_demonstrations_are_short_and_of_known_prompts(starter: dict[str, list[Any]]) -> None:
