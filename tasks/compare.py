@@ -3,6 +3,7 @@
 A run is an MLflow run (id or name), a git revision or a DVC experiment; `workspace` is what lies on disk.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tasks.lineage import find_revision, git, project_state
 from tasks.tracking import RecordedRun, find_recorded_run, newest_pipeline_runs, tracking_uri
 
 _NONE = "–"
+CURVES = ("ppo/score", "ppo/kl")
 Answer = TypeVar("Answer")
 
 
@@ -61,7 +63,7 @@ def compare(a: str | None = None, b: str | None = None) -> str:
     ]
     text = _table(sections)
     if left.recorded and right.recorded and left.recorded.experiment == right.recorded.experiment:
-        text += f"\n\nThe same with curves, while `rlhf ui` runs: {_comparison_page(left.recorded, right.recorded)}"
+        text += "\n\n" + _pages(left.recorded, right.recorded)
     return text
 
 
@@ -158,6 +160,16 @@ def _table(sections: list[tuple[str, list[tuple[str, str, str, str]]]]) -> str:
     return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 
-def _comparison_page(a: RecordedRun, b: RecordedRun) -> str:
-    runs, experiments = f'["{a.run_id}","{b.run_id}"]', f'["{a.experiment}"]'
-    return f"/#/compare-runs?runs={quote(runs)}&experiments={quote(experiments)}"
+def _pages(a: RecordedRun, b: RecordedRun) -> str:
+    """Where `rlhf ui` shows the same, and PPO's curves, which the runs of the stage have."""
+    lines = ["While `rlhf ui` runs:", "  this table     /#/compare-runs?" + _query(a, runs=[a.run_id, b.run_id])]
+    stages = [run.stages.get("ppo", "") for run in (a, b)]
+    if all(stages) and len(set(stages)) == 2:
+        query = _query(a, runs=stages, metric=CURVES[0], plot_metric_keys=CURVES)
+        lines.append(f"  PPO's curves   /#/metric?{query}&x_axis=step&line_smoothness=1")
+    return "\n".join(lines)
+
+
+def _query(run: RecordedRun, **values: Any) -> str:
+    values["experiments"] = [run.experiment]
+    return "&".join(f"{name}={quote(json.dumps(value))}" for name, value in values.items())

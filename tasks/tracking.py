@@ -799,6 +799,7 @@ class RecordedRun:
     params: dict[str, str]
     metrics: dict[str, float]
     dependencies: dict[str, str]
+    stages: dict[str, str]  # stage -> id of the run that computed it and has its curves
 
 
 def find_recorded_run(name: str) -> RecordedRun | None:
@@ -835,4 +836,5 @@ def _recorded(run: "Run") -> RecordedRun:
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
         dependencies={k.removeprefix("rlhf.dep."): v for k, v in tags.items() if k.startswith("rlhf.dep.")},
+        stages={found[1]: v for k, v in tags.items() if (found := re.fullmatch(r"rlhf\.(\w+)\.run_id", k))},
     )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from stores import sqlite_store
 
 from rlhf_core.errors import MissingArtifact, ResourceError
 from tasks.compare import compare
-from tasks.tracking import MLflowTracker, Parent, newest_pipeline_runs
+from tasks.tracking import MLflowTracker, Parent, connect, newest_pipeline_runs
 
 
 @pytest.fixture
@@ -35,11 +36,13 @@ def record(name: str, kl_coef: float, reward: float, data: str) -> None:
     """A pipeline run with one stage."""
     parent = Parent(f"key:{name}", name, {"rlhf.kind": "pipeline"})
     tracker = MLflowTracker("ppo", params={}, tags={"rlhf.kind": "stage"}, parent=parent)
+    for step in range(3):
+        tracker.metrics({"ppo/kl": kl_coef * step}, step=step)
     tracker.summary(
         {
             "params": {"ppo.kl_coef": str(kl_coef), "ppo.seed": "0"},
             "metrics": {"evaluate/ppo/reward": reward, "evaluate/ppo/kl": 3.0},
-            "run_keys": {},
+            "run_keys": {"ppo": name},
             "dependencies": {"rlhf_core/ppo.py": "c" * 32, "data/starter": data},
         }
     )
@@ -76,7 +79,11 @@ def test_two_recorded_runs_differ_in_parameters_metrics_and_data(store: str) -> 
     assert "rlhf_core/ppo.py" not in found
     assert text.index("Parameters that differ") < text.index("Final metrics") < text.index("Versions of data")
     high, low = newest_pipeline_runs(2)
-    assert high.run_id in text.splitlines()[-1]
+    *_, table, curves = (unquote(line) for line in text.splitlines())
+    assert f'runs=["{low.run_id}", "{high.run_id}"]' in table
+    stages = json.loads(curves.split("runs=")[1].split("&")[0])
+    points = [connect().get_metric_history(run, "ppo/kl") for run in stages]
+    assert [point.value for run in points for point in run] == [0, 0.05, 0.1, 0, 0.2, 0.4]
     assert compare(low.run_id, high.run_id[:12]) == text == compare() == compare("low")
 
 
