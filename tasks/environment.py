@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+PUTS_BACK = "RLHF_PUTS_BACK"  # set for a stage where whoever started DVC brings back what DVC takes away
+
 # Set whatever the caller's shell says: nothing calls home. MLflow heeds "true" but not "1".
 _NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",

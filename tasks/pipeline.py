@@ -27,6 +27,7 @@ import yaml
 
 from rlhf_core.config import Params, check_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError
+from tasks.environment import PUTS_BACK
 from tasks.mending import mend
 
 STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate")
@@ -102,9 +103,11 @@ def run_stage(
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
         try:
-            exit_code, lines = _stream(command, cwd=root, env=_child_environment(env), on_line=on_line)
+            exit_code, lines = _stream(
+                command, cwd=root, env=_child_environment({**(env or {}), PUTS_BACK: "1"}), on_line=on_line
+            )
         except BaseException:  # Ctrl-C, a timeout, a cancelled flow run
-            _put_back(stage, root, metrics, last_metrics)
+            _put_back(stage, root, metrics, last_metrics, on_line)
             raise
         if exit_code == 0:
             return _outcome(stage, lines)
@@ -112,7 +115,7 @@ def run_stage(
         if "is being blocked by:" in text:
             raise ResourceError(_blocked_message(stage, text))
         if "Unable to acquire lock" not in text:
-            _put_back(stage, root, metrics, last_metrics)
+            _put_back(stage, root, metrics, last_metrics, on_line)
             raise _stage_error(stage, exit_code, lines)
         holder = _lock_holder(root)
         if time.monotonic() > deadline:
@@ -142,13 +145,21 @@ def checkout(*, root: Path) -> None:
     subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, check=False)
 
 
-def _put_back(stage: str, root: Path, metrics: Path, last_metrics: bytes | None) -> None:
+def _put_back(
+    stage: str, root: Path, metrics: Path, last_metrics: bytes | None, on_line: Callable[[str], None]
+) -> None:
     """Give the workspace back what the stage's last good run wrote: DVC removes it before it starts a new one."""
     command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", stage]
-    subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, check=False)
+    done = subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, text=True, check=False)
     if last_metrics is not None and not metrics.is_file():  # not in DVC's cache, since git keeps it
         metrics.parent.mkdir(exist_ok=True)
         metrics.write_bytes(last_metrics)
+    if done.returncode and last_metrics is not None:
+        on_line(
+            f"What stage {stage} left the last time is not back. Mend what is wrong, then run `dvc checkout {stage}`:"
+        )
+        for line in done.stderr.strip().splitlines()[:5]:
+            on_line(f"  {line}")
 
 
 @contextlib.contextmanager

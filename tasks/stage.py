@@ -26,11 +26,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import yaml
 
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError, TrainingDiverged
 from rlhf_core.tracking import NullTracker, Tracker
-from tasks.environment import project_root, state_folder, workspace_root
+from tasks.environment import PUTS_BACK, project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
 from tasks.tracking import MLflowTracker, Parent
 
@@ -203,10 +204,28 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
             f"{stage} was stopped by {killed}; running it again goes on from its last checkpoint, if it wrote one.",
             file=sys.stderr,
         )
+        _say_what_dvc_took(stage)
         raise SystemExit(128 + killed.number) from None
     except RLHFError as error:
         print(f"{stage}: {error}", file=sys.stderr, flush=True)
+        _say_what_dvc_took(stage)
         raise SystemExit(1) from None
+
+
+def _say_what_dvc_took(stage: str) -> None:
+    """DVC removes a stage's outputs before it starts it; where nobody brings them back, tell how to."""
+    if os.environ.get(PUTS_BACK) or not _dvc_process():
+        return
+    with suppress(OSError, AttributeError, KeyError, TypeError, yaml.YAMLError):  # no lock, or none of this stage
+        lock = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))
+        paths = [out["path"] for out in lock["stages"][stage]["outs"]]
+        if any(not Path(path).exists() for path in paths):
+            print(
+                f"DVC took away what {stage} left the last time. `dvc checkout {stage}` brings it back, and "
+                f"`git checkout metrics/{stage}.json` the metrics as committed; `rlhf stage {stage}` does both itself.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageRun]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -80,6 +81,30 @@ def test_the_users_mistake_is_one_message_and_exit_1(project: Path, capsys: pyte
     assert capsys.readouterr().err == "sft: train.jsonl:3: Found no response.\n"
     assert of_stage("sft").info.status == "FAILED"
     assert not (project / "metrics").exists()
+
+
+def test_under_bare_dvc_a_failed_stage_tells_how_to_get_back_what_dvc_took(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = {"schema": "2.0", "stages": {"sft": {"cmd": "x", "outs": [{"path": "artifacts/sft/model"}]}}}
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    monkeypatch.setattr(stage_module, "_dvc_process", psutil.Process)
+
+    def fail() -> str:
+        with pytest.raises(SystemExit), stage_run("sft", torch=False):
+            raise DataError("no rows.")
+        return capsys.readouterr().err
+
+    assert fail().startswith(
+        "sft: no rows.\nDVC took away what sft left the last time. `dvc checkout sft` brings it back"
+    )
+    monkeypatch.setenv("RLHF_PUTS_BACK", "1")
+    assert fail() == "sft: no rows.\n"
+    monkeypatch.delenv("RLHF_PUTS_BACK")
+    (project / "artifacts/sft/model").mkdir(parents=True)
+    assert fail() == "sft: no rows.\n"
+    (project / "dvc.lock").unlink()
+    assert fail() == "sft: no rows.\n"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(project: Path) -> None:
