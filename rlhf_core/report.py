@@ -97,7 +97,8 @@ class ReportData:
             `pairs`, `ece`, `ece_scaled`, `longest_wins` and optionally `temperature`; the rest stands in the appendix.
         curves: "sft", "reward", "ppo", "dpo" → rows of plots/<stage>.csv, each {"step": …, "ppo/kl": …}. A row lacks a
             metric that was not measured at its step (None, NaN and "" count as lacking too); numbers may be strings.
-        frontier: one point a PPO update, in order (`ppo/kl` and `ppo/score` of plots/ppo.csv), gold None.
+        frontier: one point a PPO update, in order (`ppo/kl`, `ppo/score` and, where it was watched, `ppo/gold_score` of
+            plots/ppo.csv).
         policies: the end points measured on held-out prompts, labels "sft", "ppo" and "dpo", gold given; others are
             not drawn.
         calibration: `reliability_bins` of the reward model on held-out pairs as trained.
@@ -440,8 +441,8 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
               {"dpo/chosen_reward": ("better", "dpo"), "dpo/rejected_reward": ("worse", "base")}),
     ),
     "ppo": (
-        Panel("Score and reward", "before and after the KL penalty",
-              {"ppo/score": ("score", "proxy"), "ppo/reward": ("reward", "ppo")}),
+        Panel("Score and reward", "before and after the KL penalty; gold is not climbed",
+              {"ppo/score": ("score", "proxy"), "ppo/reward": ("reward", "ppo"), "ppo/gold_score": ("gold", "gold")}),
         Panel("KL to SFT", "nats a response", {"ppo/kl": ("", "ppo")}),
         Panel("Response length", "tokens", {"ppo/response_length": ("", "ppo")}),
         Panel("Finished responses", "share that end by themselves", {"ppo/eos_rate": ("", "ppo")}),
@@ -587,24 +588,27 @@ def _frontier_chart(
                for n, found in best_of_n.items()
                if not (lacks(found.get("kl")) or lacks(found.get("reward")))]  # fmt: skip
     figure, axes = new_axes(width=420 / 72, height=300 / 72)
-    if path:
-        x, y = [root(point.kl) for point in path], [point.proxy for point in path]
-        axes.plot(x, y, color=COLOURS["proxy"], linewidth=0.8, alpha=0.35)
-        axes.scatter(x, y, s=14, color=COLOURS["proxy"], alpha=0.45, linewidth=0)
     said = []
-    for name, colour, marker in (("proxy", "proxy", "o"), ("gold", "gold", "D")):
+    for name in ("proxy", "gold"):
+        dots = [(root(point.kl), getattr(point, name)) for point in path if getattr(point, name) is not None]
+        if dots:
+            x, y = zip(*dots, strict=True)
+            axes.plot(x, y, color=COLOURS[name], linewidth=0.8, alpha=0.35)
+            axes.scatter(x, y, s=14, color=COLOURS[name], alpha=0.45, linewidth=0)
+            said.append(f"PPO’s rollouts: {name} goes from {number(dots[0][1])} to {number(dots[-1][1])}")
+    for name, marker in (("proxy", "o"), ("gold", "D")):
         line = [(root(point.kl), getattr(point, name)) for point in walked if getattr(point, name) is not None]
         if len(line) > 1:
-            axes.plot(*zip(*line, strict=True), color=COLOURS[colour], linewidth=2)
+            axes.plot(*zip(*line, strict=True), color=COLOURS[name], linewidth=2)
         picked = [(root(point.kl), getattr(point, name)) for point in (*walked[:1], *beside)
                   if point.label != "dpo" and getattr(point, name) is not None]  # fmt: skip
         if best_of_n and picked:
-            axes.plot(*zip(*picked, strict=True), color=COLOURS[colour], linewidth=1, dashes=(3, 3))
+            axes.plot(*zip(*picked, strict=True), color=COLOURS[name], linewidth=1, dashes=(3, 3))
         for point in (*walked, *beside):
             value = getattr(point, name)
             if value is not None:
-                hollow = COLOURS["paper"] if point not in walked else COLOURS[colour]
-                axes.plot(root(point.kl), value, marker, color=COLOURS[colour], markerfacecolor=hollow, markersize=8,
+                hollow = COLOURS["paper"] if point not in walked else COLOURS[name]
+                axes.plot(root(point.kl), value, marker, color=COLOURS[name], markerfacecolor=hollow, markersize=8,
                           markeredgewidth=1.6, zorder=4)  # fmt: skip
                 said.append(
                     f"{NAMES.get(point.label, point.label)} {name} {number(value)} at √KL {number(root(point.kl))}"

@@ -58,14 +58,20 @@ def main() -> None:
 def _frontier_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """KL and scores along PPO's path, then on held-out prompts of the policies and of the best of n."""
     rows: list[dict[str, Any]] = [
-        {"point": f"update {row['step']}", "kl": row["ppo/kl"], "reward": row["ppo/score"], "gold_reward": ""}
-        for row in read_csv(Path("plots/ppo.csv"))
+        {"point": f"update {step}", "kl": kl, "reward": score, "gold_reward": gold}
+        for step, kl, score, gold in _ppo_path()
     ]
     points = {policy: evaluation.metrics[policy] for policy in evaluation.policies}
     points |= {f"best of {n}": found for n, found in evaluation.metrics.get("best_of_n", {}).items()}
     for point, found in points.items():
         rows.append({"point": point, "kl": found["kl"], "reward": found["reward"], "gold_reward": found["gold_reward"]})
     return rows
+
+
+def _ppo_path() -> list[tuple[str, str, str, str]]:
+    """Step, KL, score and gold score of each of PPO's updates; the last empty where it was not watched."""
+    rows = read_csv(Path("plots/ppo.csv"))
+    return [(row["step"], row["ppo/kl"], row["ppo/score"], row.get("ppo/gold_score", "")) for row in rows]
 
 
 def _length_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -101,7 +107,10 @@ def _report(evaluation: Evaluation, prompts: list[Prompt], params: dict[str, Any
         evaluate=metrics,
         **stages,
         curves=curves,
-        frontier=[FrontierPoint("", float(row["ppo/kl"]), float(row["ppo/score"])) for row in curves["ppo"]],
+        frontier=[
+            FrontierPoint("", float(kl), float(score), float(gold) if gold else None)
+            for _, kl, score, gold in _ppo_path()
+        ],
         policies=[
             FrontierPoint(name, metrics[name]["kl"], metrics[name]["reward"], metrics[name]["gold_reward"])
             for name in evaluation.policies

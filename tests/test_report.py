@@ -454,6 +454,13 @@ def test_points_and_axes_that_were_not_measured_are_left_out() -> None:
     assert re.search(r"Gold, kind.*?<td>–</td><td>–</td><td>–</td><td>0\.50</td>", re.sub(r">\s+<", "><", page))
 
 
+def test_the_gold_score_is_drawn_along_the_way_where_it_was_asked() -> None:
+    path = [FrontierPoint("", 0.0, 0.1, 0.2), FrontierPoint("", 1.0, 0.5), FrontierPoint("", 4.0, 0.9, 0.3)]
+    page = render_report(replace(fake_report(), frontier=path))
+    assert "PPO’s rollouts: proxy goes from 0.10 to 0.90; PPO’s rollouts: gold goes from 0.20 to 0.30" in page
+    assert "rollouts: gold" not in render_report(replace(fake_report(), frontier=[replace(p, gold=None) for p in path]))
+
+
 def test_numbers_are_written_as_a_person_would() -> None:
     assert [number(value) for value in (-0.001, -1.5, 1234.5, None, float("nan"))] == [
         "0.00",
