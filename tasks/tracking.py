@@ -287,6 +287,8 @@ class Replay:
             tags = {**event["tags"], "rlhf.outbox_id": event["id"], "mlflow.runName": event["name"]}
             if self.parent_id:
                 tags["mlflow.parentRunId"] = self.parent_id
+                # Where curves of two runs lie over each other, the legend has this name and no more.
+                tags["mlflow.runName"] += f" · {self.client.get_run(self.parent_id).info.run_name}"
             found = self.client.create_run(self._experiment, start_time=event["time"], tags=tags)
         self.run_id = str(found.info.run_id)
         _send_params(self.client, self.run_id, event["params"])

@@ -50,8 +50,12 @@ def recorded() -> list[Run]:
 
 
 def of_stage(stage: str) -> Run:
-    (run,) = [run for run in recorded() if run.info.run_name == stage]
+    (run,) = [run for run in recorded() if run.data.tags.get("rlhf.stage") == stage]
     return run
+
+
+def ends_of(stage: str) -> list[str]:
+    return [run.info.status for run in recorded() if run.data.tags.get("rlhf.stage") == stage]
 
 
 def test_a_stage_writes_its_metrics_and_curve_and_records_them(project: Path) -> None:
@@ -72,6 +76,7 @@ def test_a_stage_writes_its_metrics_and_curve_and_records_them(project: Path) ->
     (parent,) = [run for run in recorded() if run.info.run_id == ppo.data.tags["mlflow.parentRunId"]]
     assert parent.info.status == "FINISHED"
     assert parent.data.params["sft.epochs"] == str(run.params.sft.epochs)
+    assert ppo.info.run_name == f"ppo · {parent.info.run_name}"
 
 
 def test_the_users_mistake_is_one_message_and_exit_1(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,10 +444,10 @@ def test_a_run_that_ended_well_but_was_lost_before_dvc_had_it_gives_way_to_the_n
     assert of_stage("sft").info.status == "FINISHED"  # and gone from the disk with the next run
     dvc(two_stages, "repro", "sft")
     assert (two_stages / "seen").read_text() == "step-sft"  # it goes on from what the lost run had saved
-    assert [run.info.status for run in recorded() if run.info.run_name == "sft"] == ["KILLED", "FINISHED"]
+    assert ends_of("sft") == ["KILLED", "FINISHED"]
     dvc(two_stages, "repro", "--force", "sft")  # this one DVC has, so it stands, and the next one starts anew
     assert (two_stages / "seen").read_text() == ""
-    assert [run.info.status for run in recorded() if run.info.run_name == "sft"][1:] == ["FINISHED", "FINISHED"]
+    assert ends_of("sft")[1:] == ["FINISHED", "FINISHED"]
     dvc(two_stages, "repro")
     assert (two_stages / "seen").read_text() == ""  # sft's are removed
 

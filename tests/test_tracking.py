@@ -68,7 +68,7 @@ def runs(uri: str) -> dict[str, list[Run]]:
     client = connect(uri)
     by_name: dict[str, list[Run]] = {}
     for run in client.search_runs([experiment_id(client)], order_by=["start_time ASC"]):
-        by_name.setdefault(run.info.run_name, []).append(run)
+        by_name.setdefault(run.info.run_name.partition(" · ")[0], []).append(run)
     return by_name
 
 
