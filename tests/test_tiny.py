@@ -2,18 +2,24 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from test_flow import api, poll
 from toy import PROJECT, child_environment, store
 
 from flows.recipe import make_workspace
+from flows.server import free_port
 from rlhf_core.config import load_params
-from tasks.pipeline import STAGES, apply_overrides
+from tasks.pipeline import STAGES, StageFailed, apply_overrides, run_stage
+from tasks.stage import TIMINGS
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +102,22 @@ def test_the_evaluation_has_its_fixed_names(workspace: Path) -> None:
     assert set(reward) >= {"accuracy", "pairs", "ece", "ece_scaled", "longest_wins"}
 
 
+def test_the_report_has_all_its_parts_and_the_prompts_asked_for(workspace: Path) -> None:
+    page = (workspace / "artifacts/evaluate/report.html").read_text(encoding="utf-8")
+    params = load_params(workspace / "params.yaml")
+    for part in ("wins", "policies", "distance", "reward-model", "training", "answers", "method", "settings"):
+        assert f'<section id="{part}"' in page
+    for chart in ("Calibration", "Response lengths", "Reward over distance", "KL to SFT"):
+        assert f"{chart}</h3>" in page
+    assert page.count("<article") == params.evaluate.report_prompts
+    told = [json.loads(line) for line in (workspace / "artifacts/evaluate/answers.jsonl").read_text().splitlines()]
+    shown = [row for row in told if row["how"] == "greedy" and row["policy"] == "ppo"]
+    assert sum(escape(row["prompt"]) in page for row in shown) == params.evaluate.report_prompts
+    gold = [row["gold_reward"] for row in rows(workspace / "plots/frontier.csv") if row["point"].startswith("update")]
+    watched = [number % params.ppo.watch_every == 0 for number in range(params.ppo.updates)]
+    assert [value != "" for value in gold] == watched
+
+
 def test_a_bare_repro_is_recorded_as_one_pipeline_run_with_a_nested_run_a_stage(workspace: Path) -> None:
     client = MlflowClient(store(workspace))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -122,6 +144,46 @@ def test_doing_it_again_gives_the_same_bytes(workspace: Path) -> None:
     before = (workspace / "dvc.lock").read_text()
     dvc(workspace, "repro", "--force")
     assert (workspace / "dvc.lock").read_text() == before
+
+
+BAD = {
+    "a malformed row": ("prepare", ["prepare.prompts=[data/starter/prompts.jsonl, data/starter/bad.jsonl]"], "line 1"),
+    "an empty split": ("prepare", ["prepare.gold_fraction=0.000001"], "Split gold of rankings is empty"),
+    "a prompt that is too long": ("prepare", ["prepare.max_prompt_tokens=16"], "16 at most"),
+    "no base model": ("prepare", ["prepare.base=path:.rlhf/nowhere"], "nowhere"),
+    "no disk": ("ppo", ["ppo.seed=5"], "a stage needs 1e.06 GB"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_and_leaves_everything_as_it_was(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    stage, overrides, message = BAD[case]
+
+    def state() -> dict[str, bytes]:
+        kept = [
+            path
+            for place in ("artifacts", "metrics", "plots", "data/prepared")
+            for path in workspace.glob(f"{place}/**/*")
+        ]
+        return {str(path): path.read_bytes() for path in [workspace / "dvc.lock", *kept] if path.is_file()}
+
+    before, params = state(), (workspace / "params.yaml").read_bytes()
+    (workspace / "data/starter/bad.jsonl").write_text('{"prompt": ""}\n' if case == "a malformed row" else "")
+    if case == "no disk":
+        monkeypatch.setenv("RLHF_MIN_FREE_GB", "1000000")
+    try:
+        apply_overrides(overrides, root=workspace)
+        env = {**child_environment(workspace), "RLHF_MIN_FREE_GB": os.environ.get("RLHF_MIN_FREE_GB", "0.5")}
+        with pytest.raises(StageFailed, match=message) as error:
+            run_stage(stage, root=workspace, env=env)
+        assert "Traceback" not in str(error.value)
+    finally:
+        (workspace / "data/starter/bad.jsonl").unlink()
+        (workspace / "params.yaml").write_bytes(params)
+    assert state() == before
+    assert "up to date" in dvc(workspace, "status")
 
 
 def test_another_kl_coefficient_runs_ppo_and_evaluate_only(workspace: Path) -> None:
@@ -165,3 +227,56 @@ def test_ppo_takes_the_judges_word_and_dvc_watches_the_judge_then(workspace: Pat
         samples = (workspace / "artifacts/ppo/samples.jsonl").read_text().splitlines()
         assert {json.loads(line)["score"] for line in samples} <= {-1.0, 0.0, 1.0}
         assert "up to date" in dvc(workspace, "status")
+
+
+def recorded(folder: Path) -> dict[str, tuple[set[str], set[str]]]:
+    """Of the last pipeline run and each of its stages: the names of metrics and of tags, but for those of one door."""
+    client = MlflowClient(store(folder))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (last,) = client.search_runs(experiments, "tags.`rlhf.kind` = 'pipeline'", max_results=1)
+    stages = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{last.info.run_id}'")
+    assert {run.info.status for run in (last, *stages)} == {"FINISHED"}
+    return {
+        run.data.tags.get("rlhf.stage", "pipeline"): (
+            {name for name in run.data.metrics if not name.endswith(TIMINGS)},
+            {name for name in run.data.tags if name not in OF_A_FLOW},
+        )
+        for run in (last, *stages)
+    }
+
+
+OF_A_FLOW = {"rlhf.flow_run_id", "mlflow.source.git.commit", "rlhf.git_commit", "rlhf.git_dirty"}
+
+
+@pytest.mark.thorough
+def test_a_scheduled_run_and_one_by_hand_record_what_a_bare_repro_does(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    found = {}
+    for door in ("dvc", "flow", "schedule"):
+        folder = tmp_path_factory.mktemp(door)
+        make_workspace("tiny", folder, project=PROJECT)
+        env = {**child_environment(folder), "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(PROJECT)}
+        command = [sys.executable, "-m", "flows.cli"]
+        if door == "dvc":
+            dvc(folder, "repro")
+        elif door == "flow":
+            done = subprocess.run([*command, "run"], cwd=folder, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+        else:
+            port = free_port()
+            begun = [*command, "serve", "--cron", "* * * * *", "--port", str(port)]
+            with (folder / "serve.log").open("w") as log:
+                serving = subprocess.Popen(begun, cwd=folder, env=env, stdout=log, stderr=log)
+            try:
+                over = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+                run = poll(lambda port=port, over=over: api(port, "flow_runs/filter", flow_runs=over), seconds=400)[0]
+                assert (run["auto_scheduled"], run["state_type"]) == (True, "COMPLETED")
+            finally:
+                serving.send_signal(signal.SIGINT)
+                serving.wait(timeout=60)
+        found[door] = recorded(folder)
+    assert set(found["dvc"]) == {"pipeline", *STAGES}
+    assert found["flow"] == found["dvc"]
+    assert found["schedule"] == found["dvc"]
