@@ -105,6 +105,7 @@ def lay_out(folder: Path) -> None:
     values = yaml.safe_load((folder / "campaign.yaml").read_text(encoding="utf-8"))
     red_team = [f"{RED_TEAM}/{path.name}" for path in sorted((folder / RED_TEAM).glob("*.jsonl"))]
     values["prepare"]["prompts"] = [*values["prepare"]["prompts"], *red_team]
+    values["prepare"]["max_prompts"] = 0  # of which hardly any of the red team's might be left
     values["sft"]["feedback"], values["reward"]["feedback"] = REVISIONS, RANKINGS
     values["constitution"]["policy"] = START
     check_params(values, source="the second part")

@@ -200,6 +200,7 @@ def test_the_second_part_reads_what_the_first_left(tmp_path: Path, monkeypatch: 
     stages = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
     assert params.prepare.prompts[1:] == ("data/red_team/harmful.jsonl", "data/red_team/look_alike.jsonl")
     assert all((folder / path).is_file() for path in params.prepare.prompts)
+    assert params.prepare.max_prompts == 0
     assert "data/red_team" in stages["prepare"]["deps"]
     watched = {"sft": params.sft.feedback, "reward": params.reward.feedback, "constitution": START}
     for stage, path in watched.items():
