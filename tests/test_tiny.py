@@ -107,7 +107,7 @@ def test_the_report_has_all_its_parts_and_the_prompts_asked_for(workspace: Path)
     params = load_params(workspace / "params.yaml")
     for part in ("wins", "policies", "distance", "reward-model", "training", "answers", "method", "settings"):
         assert f'<section id="{part}"' in page
-    for chart in ("Calibration", "Response lengths", "Reward over distance", "KL to SFT"):
+    for chart in ("Calibration", "Response lengths", "KL to SFT"):
         assert f"{chart}</h3>" in page
     assert page.count("<article") == params.evaluate.report_prompts
     told = [json.loads(line) for line in (workspace / "artifacts/evaluate/answers.jsonl").read_text().splitlines()]
