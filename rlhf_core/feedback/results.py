@@ -168,7 +168,9 @@ def _so_far(judged: Sequence[Judgement], pair: tuple[str, str], wanted: Counter[
 
     in_time = sorted(judged, key=lambda one: one.id)
     prompts = [str(judgement.item.prompt) for judgement in in_time]
-    each: dict[Hashable, int] = {prompt: wanted[_pair_name(pair), prompt] for prompt in prompts}
+    # Items of a round that is over want nobody any more: they got what they got, whatever was said of them.
+    closed = Counter(str(one.item.prompt) for one in in_time if not one.item.overlap)
+    each: dict[Hashable, int] = {prompt: wanted[_pair_name(pair), prompt] + closed[prompt] for prompt in prompts}
     means = completed_prompts([_outcome(one, pair[0]) for one in in_time], prompts, judgements=each)
     verdict = judged_so_far(means, width=WIDTH)
     return Enough(verdict.judged, verdict.win_rate.low, verdict.win_rate.high, verdict.enough)

@@ -6,7 +6,9 @@ import pytest
 from people import Person
 from sqlalchemy import select
 
+from rlhf_core.agreement import judged_so_far
 from rlhf_core.feedback import exchange, rounds
+from rlhf_core.feedback.results import comparisons
 from rlhf_core.feedback.store import Item, Store
 
 ROWS = [
@@ -97,6 +99,31 @@ def test_comparisons_tell_ties_and_both_bad_as_equal(store: Store, browser: Call
     assert sorted(sorted(row["ranks"]) for row in said) == [[1, 1], [1, 2]]
     assert {row["annotator"] for row in said} == {"kim"}
     assert all(row["responses"] == ["New.", "Old."] for row in said)
+
+
+def test_results_tell_what_was_said_in_a_round_that_is_closed(store: Store, browser: Callable[..., Person]) -> None:
+    rows = [{**row, "responses": ["New.", "Old."], "origins": ["new", "old"]} for row in ROWS]
+    found = rounds.items_from(rows, "compare")
+    with store.session() as session:
+        exchange.add_items(session, found, overlap=2)
+    kim, sam = browser("kim", admin=True), browser("sam")
+    for person, name, number in ((kim, "kim", 3), (sam, "sam", 1)):  # of two prompts one judgement is missing
+        for place in range(number):
+            first = person.responses("compare")[0]
+            ranks = [1, 2] if first == "New." else [2, 1]
+            assert person.judge("compare", client_id=f"{name}-{place:08}", ranks=ranks).status_code == 200
+    with store.session() as session:
+        assert comparisons(session)[0].so_far.prompts == 1
+        rounds.close(session, [item.key() for item in found])
+    with store.session() as session:
+        [pair] = comparisons(session)
+    assert (pair.first, pair.rates[0].rate, pair.rates[0].wins, pair.rates[0].prompts) == ("new", 1.0, 4, 3)
+    assert pair.so_far == (3, *judged_so_far([1.0] * 3).win_rate[1:], False)
+    for path in ("/results", "/results/live"):
+        page = kim.get(path)
+        assert page.status_code == 200
+        assert "new against old" in page.text
+    assert "Nothing is left for you" in kim.get("/compare").text
 
 
 def test_a_larger_overlap_asks_more_people_about_known_items(store: Store, keys: list[str]) -> None:
