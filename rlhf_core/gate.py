@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_core.agreement import judged_so_far, mean_interval
 from rlhf_core.config import Gate
 from rlhf_core.data import parse_prompt
 from rlhf_core.errors import DataError
@@ -116,15 +117,35 @@ def _sampled(rows: Sequence[Mapping[str, Any]], policy: str) -> dict[tuple[Messa
     return found
 
 
-def rates(wins: Sequence[float], longer: Sequence[float], prompts: Sequence[Hashable], config: Gate) -> Rates:
+def rates(
+    wins: Sequence[float],
+    longer: Sequence[float],
+    prompts: Sequence[Hashable],
+    config: Gate,
+    *,
+    peeked: bool = False,
+) -> Rates:
     """Both win rates with their 95 % intervals over prompts.
 
     Args:
         longer: by how much the new policy's answer is longer, in any one unit.
+        peeked: whether what came out so far may have decided when to stop. Then the plain rate is the mean over prompts
+            and has the interval that holds whenever that is.
     """
     options = {"samples": config.bootstrap_samples, "seed": config.seed}
     plain = win_rate(np.array(wins), prompts, **options)
+    if peeked:
+        plain = judged_so_far(_prompt_means(wins, prompts)).win_rate
+    elif plain.high - plain.low < 1e-9:  # all prompts went the same way: the bootstrap would be sure after one
+        plain = mean_interval(_prompt_means(wins, prompts))
     return Rates(plain, length_controlled_win_rate(wins, longer, prompts, **options))
+
+
+def _prompt_means(wins: Sequence[float], prompts: Sequence[Hashable]) -> list[float]:
+    by_prompt: dict[Hashable, list[float]] = {}
+    for won, prompt in zip(wins, prompts, strict=True):
+        by_prompt.setdefault(prompt, []).append(won)
+    return [sum(part) / len(part) for part in by_prompt.values()]
 
 
 def gold_rates(pairs: Sequence[Pair], config: Gate) -> Rates:

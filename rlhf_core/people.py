@@ -83,8 +83,8 @@ def in_report(page: str, people: People, number: int) -> str:
     """Stage evaluate's report with what people said of a round, which is known after it only."""
     lead = (
         f"Blind, and on sides drawn anew for each person and pair, people compared the answers of round {number}'s "
-        f"policy with the current one's. They prefer the new one in {in_percent(people.rates.plain)}, the 95% "
-        "interval over prompts; a tie and both bad count half."
+        f"policy with the current one's. They prefer the new one in {in_percent(people.rates.plain)}, over prompts, "
+        "by an interval that holds whenever one looks and stops; a tie and both bad count half."
     )
     rows = Markup("\n").join(ROW.format(what[:1].upper() + what[1:], value) for what, value in people.rows())
     assert page.count(LINK) == page.count(PLACE) == 1, "the report has one section of policies"
@@ -93,7 +93,7 @@ def in_report(page: str, people: People, number: int) -> str:
 
 
 def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], config: Gate) -> People | None:
-    """Compare; None where nobody judged any of the pairs.
+    """Compare; None where nobody judged any of the pairs. Several judgements of a pair count as their mean.
 
     Args:
         rows: judgements with `prompt`, `responses` (new policy's first), `ranks` and `annotator`; both bad is a tie.
@@ -114,17 +114,20 @@ def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair],
                 chosen += [float((new < current) == (row["first"] == 0))] if new != current else []
     if not said:
         return None
-    prompts = [key[0] for _, key, _ in said]
-    golds = [pair_of[key].gold for _, key, _ in said]
-    longer = [pair_of[key].longer for _, key, _ in said]
-    wins = [value for _, _, value in said]
-    decided = [(gold, won) for gold, won in zip(golds, wins, strict=True) if won != 0.5]
+    won_by_pair: dict[tuple[tuple[Message, ...], str, str], list[float]] = {}
+    for _, key, won in said:
+        won_by_pair.setdefault(key, []).append(won)
+    seen = [pair_of[key] for key in won_by_pair]
+    longer, prompts = [pair.longer for pair in seen], [pair.prompt for pair in seen]
+    wins = [sum(part) / len(part) for part in won_by_pair.values()]
+    decided = [(pair_of[key].gold, won) for _, key, won in said if won != 0.5]
     ratings_AI = table(said).ratings_AI
     twice = bool((np.isfinite(ratings_AI).sum(0) > 1).any())
     alpha = krippendorff_alpha(ratings_AI, metric="ordinal").mean if twice else math.nan
     return People(
-        rates(wins, longer, prompts, config),
-        rates(golds, longer, prompts, config),
+        # Somebody may watch the results, and end the comparison by Resume or a number of judgements when they please.
+        rates(wins, longer, prompts, config, peeked=True),
+        rates([pair.gold for pair in seen], longer, prompts, config),
         len(said),
         len({who for who, _, _ in said}),
         float(np.mean([1.0 - abs(gold - won) for gold, won in decided])) if decided else 0.5,

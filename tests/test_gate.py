@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from toy import PROJECT
 
+from rlhf_core.agreement import judged_so_far, wilson
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
 from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates
@@ -67,8 +68,14 @@ def test_a_win_rate_above_half_whose_interval_reaches_below_it_is_not_enough() -
     assert verdict.metrics["promoted"] == 0.0
 
 
+def test_a_few_wins_without_a_loss_are_not_enough() -> None:
+    assert failed(held(pairs(3, 0))) == ["win_rate"]  # Wilson's interval of 3 of 3 begins at 44 %
+    assert failed(held(pairs(4, 0))) == []
+    assert gold_rates(pairs(4, 0), CONFIG).plain == wilson(4, 4)
+
+
 def test_the_same_policy_again_is_not_promoted() -> None:
-    # all ties: the interval is one half, and the lower end has to be above it
+    # all ties: the interval holds one half, and the lower end has to be above it
     assert failed(held(pairs(0, 0, ties=50))) == ["win_rate"]
 
 
@@ -219,12 +226,12 @@ def test_people_stand_beside_the_gold_model_on_the_pairs_they_saw() -> None:
     found = people_beside_gold(rows, seen, CONFIG)
     assert found is not None
     assert (found.judgements, found.annotators) == (5, 2)
-    # won, won, lost, lost, tie, of four prompts, the first with two judgements: 2.5 of 5
-    assert found.rates.plain.mean == pytest.approx(0.5)
-    assert found.gold.plain.mean == pytest.approx(3 / 5)
+    # of four prompts: won twice, lost, lost, tie
+    assert found.rates.plain.mean == pytest.approx(1.5 / 4)
+    assert found.gold.plain.mean == pytest.approx(2 / 4)
     assert found.agreement == pytest.approx(3 / 4)  # the tie is no decision
     assert found.alpha is None  # both said the same of the one pair that two people saw
-    assert "| by the gold model | 60%" in "\n".join(found.lines())
+    assert "| by the gold model | 50%" in "\n".join(found.lines())
 
 
 def test_people_are_asked_what_they_say_at_equal_length() -> None:
@@ -240,6 +247,15 @@ def test_people_are_asked_what_they_say_at_equal_length() -> None:
     assert metrics["length_controlled_win_rate"] == expected.mean != metrics["win_rate"]
     assert metrics["gold_length_controlled_win_rate"] == pytest.approx(0.5, abs=1e-3)
     assert f"| by people, between answers of equal length | {expected.mean:.0%} " in "\n".join(found.lines())
+
+
+@pytest.mark.parametrize(("judgements", "promoted"), [(1, False), (3, False), (5, False), (9, False), (10, True)])
+def test_people_promote_only_by_an_interval_that_holds_whenever_they_stop(judgements: int, promoted: bool) -> None:
+    config = CONFIG.model_copy(update={"judge": "people"})
+    people = people_beside_gold([said("kim", pair, (1, 2)) for pair in GOOD[:judgements]], GOOD, config)
+    assert people is not None
+    assert people.rates.plain == judged_so_far([1.0] * judgements).win_rate
+    assert judge_round(GOOD, _judge(GOOD, people, config), EVALUATE, config).promoted == promoted
 
 
 def test_agreement_among_people_needs_a_pair_that_several_judged() -> None:
@@ -276,7 +292,7 @@ def test_the_report_shows_what_people_said_and_nothing_else_changes() -> None:
     shown = in_report(page, found, 3)
     assert '<nav><a href="#people">People</a><a href="#policies">' in shown
     assert "round 3&#39;s policy" in shown
-    assert '<tr><th scope="row">By people (1, 4 judgements)</th><td>100% (100% to 100%)</td></tr>' in shown
+    assert '<tr><th scope="row">By people (1, 4 judgements)</th><td>100% (28% to 100%)</td></tr>' in shown
     assert shown.index('id="people"') < shown.index('id="policies"')
     start, end = shown.index('<section id="people">'), shown.index('<section id="policies">')
     assert (shown[:start] + shown[end:]).replace('<a href="#people">People</a>', "") == page
