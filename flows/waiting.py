@@ -41,7 +41,7 @@ def wait_for_people(
     every: float,
     say: Callable[[str], None],
 ) -> Count:
-    """Return when enough is judged, the deadline has passed, or somebody pressed Resume; tells how much was judged.
+    """Return when enough is judged, nobody can judge any more, the deadline has passed, or somebody pressed Resume.
 
     Args:
         look: how much is judged now.
@@ -54,13 +54,16 @@ def wait_for_people(
     run = UUID(flow_run_id)
     found, shown, bar, paused = look(), -1, None, False
     until = f"{deadline:%Y-%m-%d %H:%M} UTC"
-    if found.done < enough and datetime.now(UTC) < deadline:
+    if found.done < enough and found.left and datetime.now(UTC) < deadline:
         say(f"{what} waits for people: {found.done} of {enough} judged. They judge at {link} until {until}.")
         create_link_artifact(link, "Judge here", key="judge-here", description=f"Where people judge {what}")
         bar = create_progress_artifact(0.0, key="judged", description=f"Judged so far of {what}: {enough} are wanted")
     while found.done < enough:
         if datetime.now(UTC) >= deadline:
             say(f"The deadline has passed: going on with {found.done} of {enough}.")
+            break
+        if not found.left:  # such as one person alone who skipped some
+            say(f"Nobody has anything left to judge: going on with {found.done} of {enough}.")
             break
         if paused and not _still_paused(run):
             say(f"Resumed by hand: going on with {found.done} of {enough}.")

@@ -127,11 +127,12 @@ class Person:
         self.address = f"http://127.0.0.1:{port}"
         self.open = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar())).open
 
-    def judge(self, number: int) -> None:
+    def judge(self, number: int, **changes: Any) -> None:
         page = self.open(f"{self.address}/rank", timeout=20).read().decode()
         token = re.search(r'name="csrf" content="([^"]+)"', page)[1]  # type: ignore[index]
         item = re.search(r'data-item="(\w+)"', page)[1]  # type: ignore[index]
         body = {"client_id": f"person-{number:08}", "item": item, "verdict": "ranked", "ranks": [1, 2], "seconds": 1.0}
+        body |= changes
         headers = {"Content-Type": "application/json", "X-CSRF-Token": token}
         request = urllib.request.Request(f"{self.address}/judgements", json.dumps(body).encode(), headers)
         assert json.load(self.open(request, timeout=20))["stored"]
@@ -152,16 +153,27 @@ def test_it_is_paused_with_count_and_link_and_goes_on_when_enough_is_judged(runn
     assert f"http://127.0.0.1:{flow.port}/rank" in kinds["markdown"]["data"]
     person.judge(2)
     person.judge(3)
-    assert flow.until("FOUND") == "FOUND 3 3"
+    assert flow.until("FOUND") == "FOUND 3 3 0"
     assert "3 of 3 are judged: going on." in flow.said
     assert flow.process.wait(timeout=60) == 0
+
+
+def test_who_judges_alone_and_skips_one_is_not_waited_for(running: Any) -> None:
+    flow = running()
+    flow.until("round 1 of try waits for people")
+    person = Person(flow.port)
+    person.judge(1)
+    person.judge(2, verdict="skipped", ranks=None)
+    person.judge(3)
+    assert flow.until("FOUND") == "FOUND 2 3 0"
+    assert "Nobody has anything left to judge: going on with 2 of 3." in flow.said
 
 
 def test_it_goes_on_at_the_deadline_with_what_there_is(running: Any) -> None:
     flow = running(seconds=30.0)
     flow.until("round 1 of try waits for people")
     Person(flow.port).judge(1)
-    assert flow.until("FOUND") == "FOUND 1 3"
+    assert flow.until("FOUND") == "FOUND 1 3 2"
     assert "The deadline has passed: going on with 1 of 3." in flow.said
 
 
@@ -172,5 +184,5 @@ def test_resume_on_prefects_page_goes_on_with_what_there_is(running: Any) -> Non
     flow.state("PAUSED", "1 of 3 judged")
     answer = flow.api(f"flow_runs/{paused['id']}/resume")
     assert answer["status"] == "ACCEPT"
-    assert flow.until("FOUND") == "FOUND 1 3"
+    assert flow.until("FOUND") == "FOUND 1 3 2"
     assert "Resumed by hand: going on with 1 of 3." in flow.said

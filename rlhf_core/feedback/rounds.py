@@ -3,22 +3,24 @@
 A round's items are told from all others by their keys, so that a team's pages may hold several campaigns at once.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from rlhf_core.feedback.exchange import Found, as_turns, export_rankings, stored
-from rlhf_core.feedback.judging import COUNTS, LIVE, Kind
-from rlhf_core.feedback.store import Item, Judgement
+from rlhf_core.feedback.judging import LIVE, Kind
+from rlhf_core.feedback.store import Annotator, Item, Judgement
 
 
 class Count(NamedTuple):
-    """How far a round is: judgements given, of each item as many as wanted at most, and wanted."""
+    """How far a round is, in judgements, of each item as many as wanted at most."""
 
     done: int
     wanted: int
+    left: int  # that those who may judge can still give: nobody is asked again about what they judged or skipped
 
 
 def items_from(rows: Sequence[dict[str, Any]], kind: Kind) -> list[Found]:
@@ -39,10 +41,25 @@ def open_again(session: Session, keys: Sequence[str], *, overlap: int) -> None:
 
 
 def count(session: Session, keys: Sequence[str], *, overlap: int) -> Count:
-    """How many judgements of these items there are."""
-    query = select(func.count()).select_from(Judgement).join(Item).where(COUNTS, Item.key.in_(keys))
-    given = session.execute(query.add_columns(Item.id).group_by(Item.id)).all()
-    return Count(sum(min(number, overlap) for number, _ in given), overlap * len(set(keys)))
+    """How many judgements of these items there are, and how many there can be with the people that there are."""
+    items = session.scalars(select(Item.id).where(Item.key.in_(keys))).all()
+    query = select(Judgement.item_id, Judgement.annotator_id, Judgement.verdict).join(Item)
+    judged = session.execute(query.where(LIVE, Item.key.in_(keys))).all()
+    given = Counter(item for item, _, verdict in judged if verdict != "skipped")
+    people = _who_may_judge(session)
+    asked = Counter(item for item, who, _ in judged if who in people)
+    missing = {item: max(overlap - given[item], 0) for item in items}
+    return Count(
+        sum(min(number, overlap) for number in given.values()),
+        overlap * len(set(keys)),
+        sum(min(number, len(people) - asked[item]) if people else number for item, number in missing.items()),
+    )
+
+
+def _who_may_judge(session: Session) -> set[int]:
+    """Those with a password; where nobody has one, the person of this machine, once the pages know of them."""
+    people = session.execute(select(Annotator.id, Annotator.password_hash)).all()
+    return {who for who, password in people if password} or {who for who, _ in people}
 
 
 def close(session: Session, keys: Sequence[str]) -> None:

@@ -37,12 +37,12 @@ def counted(store: Store, keys: list[str]) -> rounds.Count:
 
 
 def test_only_the_rounds_own_judgements_count(store: Store, keys: list[str], browser: Callable[..., Person]) -> None:
-    assert counted(store, keys) == rounds.Count(0, 6)
+    assert counted(store, keys) == rounds.Count(0, 6, left=6)
     kim = browser("kim")
     for number in range(9):  # six items of others, three of the round
         assert kim.judge(client_id=f"kim-{number:08}").status_code == 200
     assert kim.item() == ""
-    assert counted(store, keys) == rounds.Count(3, 6)
+    assert counted(store, keys) == rounds.Count(3, 6, left=0)  # two people an item are wanted, and there is one
     kim.submit(f"/judgements/{kim.last()}/undo")
     assert counted(store, keys).done + counted_of_others(store, keys) == 8
 
@@ -50,6 +50,23 @@ def test_only_the_rounds_own_judgements_count(store: Store, keys: list[str], bro
 def counted_of_others(store: Store, keys: list[str]) -> int:
     with store.session() as session:
         return len(list(exchange.export_rankings(session))) - len(rounds.rankings(session, keys))
+
+
+def test_what_nobody_can_judge_any_more_is_not_left(
+    store: Store, keys: list[str], browser: Callable[..., Person]
+) -> None:
+    assert counted(store, keys).left == 6  # nobody is known yet
+    browser()  # the person of this machine, without an account
+    assert counted(store, keys).left == 3
+    kim = browser("kim")
+    browser("sam")
+    assert counted(store, keys).left == 6  # with accounts that person is none of those who may judge
+    for number in range(9):
+        kim.judge(client_id=f"kim-{number:08}", verdict="skipped", ranks=None)
+    assert counted(store, keys) == rounds.Count(0, 6, left=3)
+    kim.submit(f"/judgements/{kim.last()}/undo")
+    withdrawn_of_others = kim.responses()[0] not in ("One.", "Two.", "Three.")
+    assert counted(store, keys).left == (3 if withdrawn_of_others else 4)
 
 
 def test_what_people_said_comes_as_rankings_with_annotator_and_guideline(
@@ -142,4 +159,4 @@ def test_an_answer_with_a_character_that_no_database_takes_is_counted(
     with store.session() as session:
         exchange.add_items(session, found, overlap=2)
     assert browser("kim").judge(client_id="kim-00000001").status_code == 200
-    assert counted(store, [item.key() for item in found]) == rounds.Count(1, 2)
+    assert counted(store, [item.key() for item in found]) == rounds.Count(1, 2, left=0)
