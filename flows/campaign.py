@@ -83,6 +83,10 @@ class Campaign:
         """A name that no other campaign has, also one of the same name before or after."""
         return str(json.loads((self.folder / "campaign.json").read_text(encoding="utf-8"))["id"])
 
+    def origin(self, number: int) -> str:
+        """Who wrote a round's answers, as pages know it: those of a team may hold other campaigns of this name."""
+        return f"round-{number} of {self.name[:50]}-{self.identity()[:8]}"
+
 
 def open_campaign(
     name: str,

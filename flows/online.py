@@ -257,7 +257,8 @@ def _ask(campaign: Campaign, number: int, rows: list[dict[str, Any]], waiting: W
 
     if not rows:
         return []
-    found = _wait(campaign, items_from(rows, "rank"), waiting, what=f"round {number} of {campaign.name}")
+    asked = [{**row, "origins": [campaign.origin(number)] * len(row["responses"])} for row in rows]
+    found = _wait(campaign, items_from(asked, "rank"), waiting, what=f"round {number} of {campaign.name}")
     with found.store.session() as session:
         return rankings(session, found.keys)
 
@@ -276,7 +277,7 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
         new, current = (read_rows(campaign.folder / path) for path in (ANSWERS, f"{START}/answers.jsonl"))
         asked = [
             {"prompt": prompt_field(pair.prompt), "responses": [pair.new, pair.current], "category": pair.category,
-             "origins": [f"round-{number}", "current"]}
+             "origins": [campaign.origin(number), campaign.origin(campaign.promoted())]}
             for pair in to_compare(pair_answers(new, current, "ppo"))
         ]  # fmt: skip
         items = {item.key(): (item, row) for item, row in zip(items_from(asked, "compare"), asked, strict=True)

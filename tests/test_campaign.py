@@ -1,6 +1,7 @@
 """A campaign on disk: how rounds begin, what they start from, what they leave. No stage is run here."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import yaml
 from toy import PROJECT
 
 from flows import campaign as campaigns
+from flows import online
 from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_round, open_campaign, overview, words
 from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
+from rlhf_core.feedback.store import open_store
+from tasks.files import write_jsonl
 from tasks.pipeline import workspace_lock
 from tasks.stage import write_text
 
@@ -21,11 +25,14 @@ CHECK = {"name": "win_rate", "value": 0.6, "limit": 0.5, "passed": True, "words"
 @pytest.fixture
 def campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Campaign:
     monkeypatch.setattr(campaigns, "make_base", lambda params, folder: None)
-    project = tmp_path / "project"
+    return open_campaign("try", project=make_project(tmp_path / "project"), recipe="tiny")
+
+
+def make_project(project: Path) -> Path:
     project.mkdir()
     for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore", "constitution.yaml"):
         (project / name).symlink_to(PROJECT / name)
-    return open_campaign("try", project=project, recipe="tiny")
+    return project
 
 
 def project_of(campaign: Campaign) -> Path:
@@ -228,3 +235,50 @@ def test_the_code_under_a_running_round_is_left_alone(campaign: Campaign) -> Non
     assert known.exists()
     open_campaign("try", project=project_of(campaign))
     assert not known.exists()
+
+
+# ---- what people are asked
+
+
+ANSWER = {"policy": "ppo", "how": "sampled", "prompt": "Why?", "tokens": 1, "stopped": True, "gold_reward": 1.0}
+ITEM = {"prompt": [{"role": "user", "content": "Why?"}], "responses": ["One.", "Two."], "origins": ["round-1"] * 2}
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The items that people would be asked about."""
+    found: list[Any] = []
+
+    def wait(campaign: Campaign, items: list[Any], waiting: Any, *, what: str) -> online.Asked:
+        found.extend(items)
+        return online.Asked(open_store(tmp_path / "feedback.db"), [item.key() for item in items])
+
+    monkeypatch.setattr(online, "_wait", wait)
+    monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
+    return found
+
+
+def begin_comparison(campaign: Campaign, new: str, current: str) -> None:
+    """A round in which people are to compare these two answers."""
+    values = yaml.safe_load((campaign.folder / "campaign.yaml").read_text())
+    values["gate"]["judge"] = "people"
+    write_text(campaign.folder / "campaign.yaml", yaml.safe_dump(values))
+    run_round(campaign)
+    begin_round(campaign)
+    for path, text in ((campaigns.ANSWERS, new), (f"{START}/answers.jsonl", current)):
+        write_jsonl(campaign.folder / path, [{**ANSWER, "text": text}])
+
+
+def test_two_campaigns_of_one_name_ask_about_items_of_their_own(
+    campaign: Campaign, tmp_path: Path, asked: list[Any]
+) -> None:
+    other = open_campaign("try", project=make_project(tmp_path / "other"), recipe="tiny")
+    for one in (campaign, other):
+        begin_comparison(one, "New.", "Old.")
+        online._ask(one, 1, [ITEM], online.Waiting())
+        online._compare(one, 1, online.Waiting())
+    assert len({item.key() for item in asked}) == 4
+    for one, (ranked, compared) in ((campaign, asked[:2]), (other, asked[2:])):
+        name = f"of try-{one.identity()[:8]}"
+        assert ranked.sources == [f"round-1 {name}"] * 2
+        assert compared.sources == [f"round-1 {name}", f"round-0 {name}"]

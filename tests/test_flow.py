@@ -313,6 +313,8 @@ def campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     values["gate"]["judge"] = "people"
     write_text(tmp_path / "params.yaml", yaml.safe_dump(values))
     write_text(tmp_path / ITEMS, "")
+    write_text(tmp_path / "campaign.json", json.dumps({"id": "0123456789"}))
+    write_text(tmp_path / "rounds/000/decision.json", json.dumps({"round": 0, "promoted": True}))
 
     def begin(new: str, current: str) -> Campaign:
         for path, text in ((ANSWERS, new), (f"{START}/answers.jsonl", current)):

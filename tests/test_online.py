@@ -85,6 +85,7 @@ class Place:
     def __init__(self, folder: Path, server: int, overrides: dict[str, Any]) -> None:
         self.folder, self.server, self.overrides = folder, server, overrides
         self.log = folder / "rlhf.log"
+        self.ports: list[int] = []  # of the pages, by which its flow runs are told from those of other places
 
     def start(self, *words: str, code: str = "from flows.cli import main; main()") -> subprocess.Popen[bytes]:
         env = {**os.environ, "PYTHONPATH": str(self.folder), "MLFLOW_TRACKING_URI": store(self.folder)}
@@ -130,14 +131,16 @@ class Place:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
 
-    def flow_runs(self, name: str) -> list[dict[str, Any]]:
-        """Of one campaign, in the order in which they began."""
+    def flow_runs(self) -> list[dict[str, Any]]:
+        """Those in which a person judged here, in the order in which they began."""
         found = self.api("flow_runs/filter", flows={"name": {"any_": ["online"]}}, sort="START_TIME_ASC")
-        return [run for run in found if run["parameters"]["name"] == name]
+        return [run for run in found if run["parameters"]["waiting"]["port"] in self.ports]
 
     def copy(self, folder: Path) -> "Place":
         """All that was computed here, in another place."""
         shutil.copytree(self.folder, folder)
+        for config in folder.glob(".rlhf/*/.dvc/config"):  # a cache of its own too: what one computes the other has not
+            config.write_text(config.read_text().replace(str(self.folder), str(folder)))
         (folder / "rlhf.log").unlink()
         return Place(folder, self.server, self.overrides)
 
@@ -224,9 +227,9 @@ def poll(ask: Callable[[], Any], seconds: float = PATIENCE) -> Any:
 def judged_by_a_person(place: Place) -> dict[str, Any]:
     """A round that nothing disturbs: ranked, and its policy compared with the one before."""
     port, since = free_port(), place.size()
-    process = by_a_person(place, "people", port)
+    process = by_a_person(place, port)
     place.until("round 1 of people waits for people", process, since=since)
-    paused = poll(lambda: [run for run in place.flow_runs("people") if run["state_type"] == "PAUSED"])[0]
+    paused = poll(lambda: [run for run in place.flow_runs() if run["state_type"] == "PAUSED"])[0]
     ranked = Person(port).judge("rank")
     place.until("the comparison of round 1 of people waits for people", process, since=since)
     compared = Person(port).judge("compare")
@@ -238,15 +241,15 @@ def killed_in_every_phase(place: Place) -> None:
     """The same round, killed with -9 in each phase; the same command goes on."""
     for phase in PHASES:
         port, since = free_port(), place.size()
-        process = by_a_person(place, "killed", port, **({"code": PUT_AWAY} if phase == "putting away" else {}))
+        process = by_a_person(place, port, **({"code": PUT_AWAY} if phase == "putting away" else {}))
         if phase == "waiting":
-            place.until("round 1 of killed waits for people: 0 of", process, since=since)
+            place.until("round 1 of people waits for people: 0 of", process, since=since)
             Person(port).judge("rank", most=5)
         elif phase == "reward":
-            place.until("round 1 of killed waits for people: 5 of", process, since=since)
+            place.until("round 1 of people waits for people: 5 of", process, since=since)
             Person(port).judge("rank")
         elif phase == "gate":
-            place.until("the comparison of round 1 of killed waits for people", process, since=since)
+            place.until("the comparison of round 1 of people waits for people", process, since=since)
             Person(port).judge("compare")
         if phase in AT_WORK:
             place.until(AT_WORK[phase], process, since=since)
@@ -254,11 +257,12 @@ def killed_in_every_phase(place: Place) -> None:
             assert process.wait(timeout=PATIENCE) == -signal.SIGKILL, place.read(since)[-4000:]
         else:
             kill(process, alone=phase == "ppo")
-    place.wait(by_a_person(place, "killed", free_port()))
+    place.wait(by_a_person(place, free_port()))
 
 
-def by_a_person(place: Place, name: str, port: int, **options: Any) -> subprocess.Popen[bytes]:
-    return place.online("--port", str(port), "--until", "1", name=name, judge="people", **options)
+def by_a_person(place: Place, port: int, **options: Any) -> subprocess.Popen[bytes]:
+    place.ports.append(port)
+    return place.online("--port", str(port), "--until", "1", name="people", judge="people", **options)
 
 
 @contextmanager
@@ -295,7 +299,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     try:
         with prefects_server(folder / "rule") as server:
             place = Place(folder / "rule", server, {**SET, "prepare.base": f"path:{folder / 'base'}"})
-            place.wait(place.online("--rounds", "0", name="short", judge="rule:short"))
+            for name, judge in (("short", "rule:short"), ("people", "people")):  # what people judge tells whose it is:
+                place.wait(place.online("--rounds", "0", name=name, judge=judge))  # the copies go on with one campaign
             works = {"rule": rounds_by_a_rule, "person": judged_by_a_person, "killed": killed_in_every_phase}
             places = {name: place if name == "rule" else place.copy(folder / name) for name in works}
             with ThreadPoolExecutor(len(works)) as pool:
@@ -394,7 +399,7 @@ def test_the_flow_is_paused_while_a_person_ranks_and_while_they_compare(ran: Ran
     assert re.match(
         r"0 of \d+ judged for round 1 of people. Judge at http://127.0.0.1:", said["paused"]["state"]["message"]
     )
-    [run] = place.flow_runs("people")
+    [run] = place.flow_runs()
     states = place.api(f"flow_run_states/?flow_run_id={run['id']}")
     names = [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
     assert [name for name, _ in itertools.groupby(names)][-5:] == [
@@ -423,7 +428,7 @@ def test_the_gate_goes_by_what_people_said_where_it_is_told_to(ran: Ran) -> None
 def test_killed_in_every_phase_a_round_ends_with_the_same_bytes(ran: Ran) -> None:
     for name in ("person", "killed"):
         ran[name][1].result()
-    people, killed = ran["person"][0].campaign("people"), ran["killed"][0].campaign("killed")
+    people, killed = ran["person"][0].campaign("people"), ran["killed"][0].campaign("people")
     assert left(killed) == left(people)
     assert "Going on after step" in ran["killed"][0].read()
     assert not list((killed.folder / "rounds").glob(".*"))
@@ -446,7 +451,7 @@ def left(campaign: Campaign) -> dict[str, Any]:
 def test_flow_runs_that_were_killed_are_told_from_those_alive(ran: Ran) -> None:
     place, work = ran["killed"]
     work.result()
-    *lost, last = place.flow_runs("killed")
+    *lost, last = place.flow_runs()
     assert [run["state_type"] for run in lost] == ["CRASHED"] * len(PHASES)
     assert all("goes on where it was" in run["state"]["message"] for run in lost)
     assert last["state_type"] == "COMPLETED"
