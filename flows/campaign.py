@@ -39,7 +39,8 @@ KEPT = {  # what a round leaves, by its place in rounds/NNN
     "comparisons.json": COMPARISONS,
     "metrics": "metrics",
     "params.yaml": "params.yaml",
-    "stages.yaml": "dvc.yaml",  # by its own name DVC would take it for a pipeline
+    "feedback.yaml": f"{FEEDBACK}.dvc",  # the version of all that was learned from; by its own name DVC would take it
+    "stages.yaml": "dvc.yaml",  # for a file of its own, and this for a pipeline
     "dvc.lock": "dvc.lock",
 }
 PEOPLES_REPORT = "artifacts/gate/report.html"  # the same with what people said, where they were asked

@@ -16,7 +16,7 @@ from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
 from rlhf_core.feedback.store import open_store
 from tasks.files import write_jsonl
-from tasks.pipeline import workspace_lock
+from tasks.pipeline import version_data, workspace_lock
 from tasks.stage import write_text
 
 CHECK = {"name": "win_rate", "value": 0.6, "limit": 0.5, "passed": True, "words": "gold prefers the new policy in 60%"}
@@ -105,6 +105,25 @@ def test_a_rejected_round_is_not_built_on_and_its_judgements_are_set_aside(campa
     assert [path.name for path in (campaign.folder / FEEDBACK).iterdir()] == ["001.jsonl"]
     assert (campaign.round_folder(2) / "feedback.jsonl").read_text() == "judged in round 2\n"
     assert campaign.decisions()[2]["start"] == 1
+
+
+def test_each_round_keeps_the_version_of_what_was_judged(campaign: Campaign) -> None:
+    run_round(campaign)
+    for name in ("dvc.lock", f"{FEEDBACK}.dvc"):  # of this test's making, which DVC could not read
+        (campaign.folder / name).unlink()
+    for number in (1, 2):
+        begin_round(campaign)
+        write_text(campaign.feedback_file(number), f"judged in round {number}\n")
+        version_data(FEEDBACK, root=campaign.folder)
+        kept = (campaign.folder / f"{FEEDBACK}.dvc").read_text()
+        end_round(campaign, number, {"promoted": True, "checks": [CHECK], "judged": 1})
+        assert (campaign.round_folder(number) / "feedback.yaml").read_text() == kept
+    hashes = [yaml.safe_load((campaign.round_folder(number) / "feedback.yaml").read_text())["outs"][0]["md5"]
+              for number in (1, 2)]  # fmt: skip
+    cache = project_of(campaign) / ".dvc/cache/files/md5"
+    files = [json.loads((cache / found[:2] / found[2:]).read_text()) for found in hashes]
+    assert [[file["relpath"] for file in part] for part in files] == [["001.jsonl"], ["001.jsonl", "002.jsonl"]]
+    assert not list((campaign.folder / "rounds").rglob("*.dvc"))
 
 
 def test_judgements_of_a_rejected_round_can_be_kept(campaign: Campaign) -> None:

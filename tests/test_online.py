@@ -355,6 +355,8 @@ def test_the_ensemble_chose_what_was_judged_and_learned_from_it(ran: Ran) -> Non
         assert 10 < len(judged) <= 24
         assert {(row["source"], row["annotator"]) for row in judged} == {("rule", "short")}
         sources = read(campaign.round_folder(number) / "metrics/reward.json")["sources"]
+        version = yaml.safe_load((campaign.round_folder(number) / "feedback.yaml").read_text())["outs"][0]["md5"]
+        assert version == locked(campaign, number, "reward", "deps", FEEDBACK)
         assert sources["rule"] > (3 * 3 * 10 * number) / 2  # thrice, of those whose prompts are to train on
     assert (campaign.round_folder(3) / "reward/model").is_dir()
 
@@ -441,7 +443,8 @@ def left(campaign: Campaign) -> dict[str, Any]:
         str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
     feedback = locked(campaign, 1, "reward", "deps", FEEDBACK)
-    found["dvc.lock"] = found["dvc.lock"].replace(feedback.encode(), b"")
+    for name in ("dvc.lock", "feedback.yaml"):
+        found[name] = found[name].replace(feedback.encode(), b"")
     found["decision.json"] = {key: value for key, value in read(folder / "decision.json").items() if key != "ended"}
     judged = rows(folder / "feedback.jsonl")
     found["feedback.jsonl"] = [{key: value for key, value in row.items() if key != "judged"} for row in judged]
