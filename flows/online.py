@@ -8,7 +8,7 @@ how the flow waits for people in waiting.py.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import chdir
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -324,17 +324,17 @@ def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) 
     page = "rank" if items[0].kind == "rank" else "compare"
     enough = min(waiting.judgements or look().wanted, look().wanted)
 
-    def wait(address: str) -> rounds.Count:
+    def wait(address: str, tend: Callable[[], None] = lambda: None) -> rounds.Count:
         return wait_for_people(
             str(flow_run.get_id()), look, enough=enough, deadline=deadline, link=f"{address.rstrip('/')}/{page}",
-            what=what, every=waiting.seconds, say=log.info,
+            what=what, every=waiting.seconds, say=log.info, tend=tend,
         )  # fmt: skip
 
     if waiting.address:
         found = wait(waiting.address)
     else:
-        with pages(waiting.database, port=waiting.port, say=log.info) as address:
-            found = wait(address)
+        with pages(waiting.database, port=waiting.port, say=log.info) as served:
+            found = wait(served.address, served.look_after)
     with store.session() as session:
         rounds.close(session, keys)
     if not found.done:

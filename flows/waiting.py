@@ -14,20 +14,24 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Crashed, Paused, Running
 
 from flows.server import free_port, stop
 from rlhf_core.errors import ResourceError
-from rlhf_core.feedback.rounds import Count
+from rlhf_core.feedback.rounds import DATABASE_AWAY, Count
 from tasks.environment import project_root
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PAUSED = "Waiting for people"
+AWAY = (httpx.TransportError, *DATABASE_AWAY)  # a server that is being restarted; httpx is how Prefect asks its own
+REVIVAL_SECONDS = 60.0  # between two starts of pages that end at once
+T = TypeVar("T")
 
 
 def wait_for_people(
@@ -40,6 +44,7 @@ def wait_for_people(
     what: str,
     every: float,
     say: Callable[[str], None],
+    tend: Callable[[], None] = lambda: None,
 ) -> Count:
     """Return when enough is judged, nobody can judge any more, the deadline has passed, or somebody pressed Resume.
 
@@ -50,14 +55,32 @@ def wait_for_people(
         what: what for, in a few words, such as "round 3 of online".
         every: seconds between two looks.
         say: told once what is waited for, and once why it goes on.
+        tend: called at each look, such as `Pages.look_after`.
+
+    Hours of waiting are not lost for a restart: while Prefect's server or the database is away, it is asked again.
     """
     run = UUID(flow_run_id)
-    found, shown, bar, paused = look(), -1, None, False
+
+    def again(work: Callable[..., T], *args: Any, **options: Any) -> T:
+        told = False
+        while True:
+            try:
+                return work(*args, **options)
+            except AWAY as error:
+                if not told:
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    say(f"A server is away, and is asked again every {every:g} s; Ctrl-C loses nothing: {reason}")
+                told = True
+            time.sleep(every)
+            tend()
+
+    found, shown, bar, paused = again(look), -1, None, False
     until = f"{deadline:%Y-%m-%d %H:%M} UTC"
     if found.done < enough and found.left and datetime.now(UTC) < deadline:
         say(f"{what} waits for people: {found.done} of {enough} judged. They judge at {link} until {until}.")
-        create_link_artifact(link, "Judge here", key="judge-here", description=f"Where people judge {what}")
-        bar = create_progress_artifact(0.0, key="judged", description=f"Judged so far of {what}: {enough} are wanted")
+        again(create_link_artifact, link, "Judge here", key="judge-here", description=f"Where people judge {what}")
+        description = f"Judged so far of {what}: {enough} are wanted"
+        bar = again(create_progress_artifact, 0.0, key="judged", description=description)
     while found.done < enough:
         if datetime.now(UTC) >= deadline:
             say(f"The deadline has passed: going on with {found.done} of {enough}.")
@@ -65,25 +88,26 @@ def wait_for_people(
         if not found.left:  # such as one person alone who skipped some
             say(f"Nobody has anything left to judge: going on with {found.done} of {enough}.")
             break
-        if paused and not _still_paused(run):
+        if paused and not again(_still_paused, run):
             say(f"Resumed by hand: going on with {found.done} of {enough}.")
             break
         if found.done != shown:
             message = (
                 f"{found.done} of {enough} judged for {what}. Judge at {link} until {until}. Resume: go on with these."
             )
-            _set_state(run, Paused(name=PAUSED, message=message))
+            again(_set_state, run, Paused(name=PAUSED, message=message))
             paused, shown = True, found.done
             if bar is not None:
-                update_progress_artifact(bar, progress=min(100.0 * found.done / enough, 100.0))
+                again(update_progress_artifact, bar, progress=min(100.0 * found.done / enough, 100.0))
         time.sleep(every)
-        found = look()
+        tend()
+        found = again(look)
     else:
         say(f"{found.done} of {enough} are judged: going on.")
     if bar is not None:
-        update_progress_artifact(bar, progress=min(100.0 * found.done / enough, 100.0))
+        again(update_progress_artifact, bar, progress=min(100.0 * found.done / enough, 100.0))
     if paused:
-        _set_state(run, Running(message=f"{found.done} of {enough} judged for {what}"))
+        again(_set_state, run, Running(message=f"{found.done} of {enough} judged for {what}"))
     return found
 
 
@@ -116,9 +140,38 @@ def close_lost_run(flow_run_id: str, *, successor: str) -> None:
             client.set_flow_run_state(UUID(flow_run_id), Crashed(message=message), force=True)
 
 
+class Pages:
+    """The pages of `rlhf feedback` in a process of their own."""
+
+    def __init__(self, database: str, *, port: int, say: Callable[[str], None]) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        self.log = Path(project_root(), ".rlhf", "pages.log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_text("", encoding="utf-8")
+        self._command = [sys.executable, "-m", "flows.cli", "feedback", "--port", str(port)]
+        self._database, self._say, self._not_before = database, say, 0.0
+        self.process = self._start()
+
+    def look_after(self) -> None:
+        """Start them again if they have ended."""
+        if self.process.poll() is None or time.monotonic() < self._not_before:
+            return
+        self._say(f"The pages for people ended, and are started again. Their last words are in {self.log}.")
+        self._not_before = time.monotonic() + REVIVAL_SECONDS
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        env = {**os.environ, "RLHF_FEEDBACK_DATABASE": self._database}  # anybody can read a command, and a URL's password
+        with self.log.open("a", encoding="utf-8") as output:
+            return subprocess.Popen(
+                self._command, env=env, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=_die_with_the_flow,
+            )  # fmt: skip
+
+
 @contextlib.contextmanager
-def pages(database: str, *, port: int, say: Callable[[str], None]) -> Iterator[str]:
-    """Serve the pages of `rlhf feedback` while people judge; gives their address.
+def pages(database: str, *, port: int, say: Callable[[str], None]) -> Iterator[Pages]:
+    """Serve the pages of `rlhf feedback` while people judge.
 
     Raises:
         ResourceError: they do not start.
@@ -132,19 +185,12 @@ def pages(database: str, *, port: int, say: Callable[[str], None]) -> Iterator[s
         except OSError:
             say(f"Port {port} is taken; the pages get another one.")
             port = free_port()
-    log = Path(project_root(), ".rlhf", "pages.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "flows.cli", "feedback", "--port", str(port), "--database", database]
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True, preexec_fn=_die_with_the_flow
-        )
-    address = f"http://127.0.0.1:{port}"
+    served = Pages(database, port=port, say=say)
     try:
-        _wait_until_served(address, process, log)
-        yield address
+        _wait_until_served(served.address, served.process, served.log)
+        yield served
     finally:
-        stop(process)
+        stop(served.process)
 
 
 def _wait_until_served(address: str, process: "subprocess.Popen[bytes]", log: Path, seconds: float = 60.0) -> None:

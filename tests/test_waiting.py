@@ -8,14 +8,21 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import httpx
+import psutil
 import pytest
+from sqlalchemy.exc import OperationalError
 from toy import PROJECT
 
+from flows import waiting
 from flows.server import free_port
+from rlhf_core.feedback.rounds import Count
 
 pytestmark = pytest.mark.thorough
 
@@ -48,10 +55,11 @@ def look():
 
 @flow(name="waits")
 def waits():
-    with pages("feedback.db", port=port, say=print) as address:
+    with pages("feedback.db", port=port, say=print) as served:
         found = wait_for_people(
             str(flow_run.get_id()), look, enough=3, deadline=datetime.now(UTC) + timedelta(seconds=seconds),
-            link=address + "/rank", what="round 1 of try", every=0.2, say=lambda line: print(line, flush=True))
+            link=served.address + "/rank", what="round 1 of try", every=0.2, tend=served.look_after,
+            say=lambda line: print(line, flush=True))
     print("FOUND", *found, flush=True)
 
 waits()
@@ -186,3 +194,65 @@ def test_resume_on_prefects_page_goes_on_with_what_there_is(running: Any) -> Non
     assert answer["status"] == "ACCEPT"
     assert flow.until("FOUND") == "FOUND 1 3 2"
     assert "Resumed by hand: going on with 1 of 3." in flow.said
+
+
+def test_cancel_on_prefects_page_ends_it(running: Any) -> None:
+    flow = running()
+    paused = flow.state("PAUSED")
+    Person(flow.port).judge(1)
+    answer = flow.api(f"flow_runs/{paused['id']}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    assert answer["status"] == "ACCEPT"
+    assert flow.process.wait(timeout=60) != 0
+    assert not any(line.startswith("FOUND") for line in flow.process.stdout)
+
+
+def test_a_restart_of_prefects_server_or_of_the_database_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, closed = httpx.ConnectError("Connection refused"), OperationalError("SELECT", {}, Exception("closed"))
+    counts: list[Any] = [Count(0, 2, 2), closed, closed, Count(1, 2, 1), Count(2, 2, 0)]
+    answers: list[Any] = [None, refused, None, None]  # paused, paused with another count, running
+    paused: list[Any] = [refused, True]
+
+    def next_of(what: list[Any]) -> Any:
+        if isinstance(found := what.pop(0), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(waiting, "_set_state", lambda run, state: next_of(answers))
+    monkeypatch.setattr(waiting, "_still_paused", lambda run: next_of(paused))
+    for name in ("create_link_artifact", "create_progress_artifact", "update_progress_artifact"):
+        monkeypatch.setattr(waiting, name, lambda *_, **__: 1)
+    said: list[str] = []
+    tended: list[None] = []
+    found = waiting.wait_for_people(
+        str(uuid4()), lambda: next_of(counts), enough=2, deadline=datetime.now(UTC) + timedelta(hours=1),
+        link="", what="it", every=0.01, say=said.append, tend=lambda: tended.append(None),
+    )  # fmt: skip
+    assert found == Count(2, 2, 0)
+    assert (counts, answers, paused) == ([], [], [])
+    away = [line.partition(": ")[2] for line in said if line.startswith("A server is away")]
+    assert away == ["(builtins.Exception) closed", "Connection refused", "Connection refused"]
+    assert len(tended) == 6  # at each look, and before each repeat
+
+
+def test_pages_that_died_are_started_again_and_their_command_tells_no_password(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    database, said = str(folder / "judged.db"), []
+    with waiting.pages(database, port=free_port(), say=said.append) as served:
+        first = psutil.Process(served.process.pid)
+        assert database not in " ".join(first.cmdline())
+        assert Path(database).is_file()
+        served.look_after()
+        assert (said, served.process.pid) == ([], first.pid)
+        first.kill()
+        served.process.wait()
+        served.look_after()
+        assert served.process.pid != first.pid
+        waiting._wait_until_served(served.address, served.process, served.log)
+        served.process.kill()
+        served.process.wait()
+        served.look_after()  # those that end at once are not started at each look
+        assert served.process.poll() is not None
+    assert [line.startswith("The pages for people ended") for line in said] == [True]

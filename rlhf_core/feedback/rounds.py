@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from rlhf_core.feedback.exchange import Found, as_turns, export_rankings, stored
 from rlhf_core.feedback.judging import LIVE, Kind
 from rlhf_core.feedback.store import Annotator, Item, Judgement
+
+DATABASE_AWAY = (OperationalError, InterfaceError)  # what is raised while it is being restarted
 
 
 class Count(NamedTuple):
