@@ -280,8 +280,7 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
              "origins": [campaign.origin(number), campaign.origin(campaign.promoted())]}
             for pair in to_compare(pair_answers(new, current, "ppo"))
         ]  # fmt: skip
-        items = {item.key(): (item, row) for item, row in zip(items_from(asked, "compare"), asked, strict=True)
-                 if not item.identical}  # fmt: skip
+        items = {item.key(): (item, row) for item, row in zip(items_from(asked, "compare"), asked, strict=True)}
         what = f"the comparison of round {number} of {campaign.name}"
         if items:
             found = _wait(campaign, [item for item, _ in items.values()], waiting, what=what)

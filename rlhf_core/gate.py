@@ -100,9 +100,22 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
 
 
 def to_compare(pairs: Sequence[Pair]) -> list[Pair]:
-    """What people are shown: one pair a prompt, and none of equal answers, which nobody can compare."""
+    """What people are shown: one pair a prompt, and none of answers that look alike, which nobody can compare."""
     first = {pair.prompt: pair for pair in reversed(pairs)}
-    return [pair for pair in first.values() if pair.new != pair.current]
+    return [pair for pair in first.values() if not alike(pair.new, pair.current)]
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two answers are the same on a page: spaces around do not show, and some characters no database takes.
+
+    The pages go by the same (rlhf_core.feedback: `exchange.Found.identical` of what is `stored`). They are not asked
+    here, since a stage then would hang on the database's code.
+    """
+    return _on_a_page(one) == _on_a_page(other)
+
+
+def _on_a_page(text: str) -> str:
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def _sampled(rows: Sequence[Mapping[str, Any]], policy: str) -> dict[tuple[Message, ...], list[_Answer]]:

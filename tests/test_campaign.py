@@ -301,3 +301,10 @@ def test_two_campaigns_of_one_name_ask_about_items_of_their_own(
         name = f"of try-{one.identity()[:8]}"
         assert ranked.sources == [f"round-1 {name}"] * 2
         assert compared.sources == [f"round-1 {name}", f"round-0 {name}"]
+
+
+def test_answers_that_look_alike_are_not_asked_about(campaign: Campaign, asked: list[Any]) -> None:
+    begin_comparison(campaign, " Sa\0me.", "Same.\n")
+    online._compare(campaign, 1, online.Waiting())
+    assert asked == []
+    assert json.loads((campaign.folder / campaigns.COMPARISONS).read_text()) == []

@@ -8,7 +8,8 @@ from toy import PROJECT
 from rlhf_core.agreement import judged_so_far, wilson
 from rlhf_core.config import Gate
 from rlhf_core.errors import DataError
-from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates
+from rlhf_core.feedback import exchange
+from rlhf_core.gate import Pair, Rates, Verdict, alike, gold_rates, judge_round, pair_answers, rates
 from rlhf_core.people import in_report, people_beside_gold
 from rlhf_core.records import Message
 from rlhf_core.statistics import Interval, length_controlled_win_rate, outcome
@@ -312,5 +313,14 @@ def test_people_who_have_nothing_to_compare_are_all_ties_and_the_old_policy_stay
     assert failed(verdict) == ["win_rate"]
     assert verdict.metrics["win_rate"] == 0.5
     assert verdict.checks[0].words.endswith("people had nothing to compare: all ties")
+    spaced = [pair._replace(new="same \n", current="s\0ame") for pair in same]
+    assert failed(judge_round(spaced, _judge(spaced, None, config), EVALUATE, config)) == ["win_rate"]
     with pytest.raises(DataError, match=r"holds no comparison, and gate\.judge is people"):
         _judge(GOOD, None, config)
+
+
+@pytest.mark.parametrize("other", ["Same.", " Same.\n", "Sa\0me.", "same.", "Sa me.", "", "Same.\ud83d", "Same.?"])
+@pytest.mark.parametrize("one", ["Same.", "", "Same.?"])
+def test_what_the_gate_calls_alike_the_pages_do_not_show(one: str, other: str) -> None:
+    item = exchange.stored(exchange.Found("compare", [("user", "Why?")], [one, other], ["a", "b"], ""))
+    assert alike(one, other) == item.identical
