@@ -221,8 +221,9 @@ def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) ->
                 annotator, number, rows, load_round_params(campaign)
             )
         if not found:
+            again = "The same command asks people again, about all of it. " if annotator == PEOPLE else ""
             raise ConfigError(
-                f"No judgement of round {number} ranks anything, so there is nothing to learn from. With another "
+                f"No judgement of round {number} ranks anything, so there is nothing to learn from. {again}With another "
                 f"annotator: `rlhf online run {campaign.name} --annotator rule:short`"
             )
         write_jsonl(file, found)
@@ -260,7 +261,10 @@ def _ask(campaign: Campaign, number: int, rows: list[dict[str, Any]], waiting: W
     asked = [{**row, "origins": [campaign.origin(number)] * len(row["responses"])} for row in rows]
     found = _wait(campaign, items_from(asked, "rank"), waiting, what=f"round {number} of {campaign.name}")
     with found.store.session() as session:
-        return rankings(session, found.keys)
+        said = rankings(session, found.keys)
+    if not said:
+        found.forget()
+    return said
 
 
 def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
@@ -294,10 +298,14 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
 
 
 class Asked:
-    """An open database of judgements and the keys of the items that people were asked about."""
+    """An open database of judgements, the keys of the items that people were asked about, and when that began."""
 
-    def __init__(self, store: Any, keys: list[str]) -> None:
-        self.store, self.keys = store, keys
+    def __init__(self, store: Any, keys: list[str], mark: Path) -> None:
+        self.store, self.keys, self.mark = store, keys, mark
+
+    def forget(self) -> None:
+        """Nothing came of it: the next start asks and waits anew."""
+        self.mark.unlink()
 
 
 def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) -> Asked:
@@ -308,15 +316,17 @@ def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) 
 
     assert waiting.database, "the flow says where judgements are kept"
     store, keys, log = open_store(waiting.database), [item.key() for item in items], get_run_logger()
+    mark = campaign.folder / ".rlhf" / f"opened {what}"
     with store.session() as session:
         add_items(session, items, overlap=waiting.overlap)
         rounds.open_again(session, keys, overlap=waiting.overlap)
+        if not mark.is_file():
+            rounds.ask_again(session, keys)
 
     def look() -> rounds.Count:
         with store.session() as session:
             return rounds.count(session, keys, overlap=waiting.overlap)
 
-    mark = campaign.folder / ".rlhf" / f"opened {what}"
     if not mark.is_file():
         write_text(mark, datetime.now(UTC).isoformat())
     deadline = datetime.fromisoformat(mark.read_text(encoding="utf-8")) + timedelta(hours=waiting.hours)
@@ -336,12 +346,13 @@ def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) 
             found = wait(served.address, served.look_after)
     with store.session() as session:
         rounds.close(session, keys)
+    asked = Asked(store, keys, mark)
     if not found.done:
-        mark.unlink()  # the next start waits anew
+        asked.forget()
         raise ConfigError(
             f"Nobody has judged anything for {what}. Nothing is lost: `rlhf online run {campaign.name}` asks again."
         )
-    return Asked(store, keys)
+    return asked
 
 
 def _read_json(path: Path) -> dict[str, Any]:

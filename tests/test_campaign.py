@@ -14,6 +14,8 @@ from flows import online
 from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_round, open_campaign, overview, words
 from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
+from rlhf_core.feedback import judging
+from rlhf_core.feedback.accounts import local_admin
 from rlhf_core.feedback.store import open_store
 from tasks.files import write_jsonl
 from tasks.pipeline import version_data, workspace_lock
@@ -270,8 +272,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def wait(campaign: Campaign, items: list[Any], waiting: Any, *, what: str) -> online.Asked:
         found.extend(items)
-        return online.Asked(open_store(tmp_path / "feedback.db"), [item.key() for item in items])
+        return online.Asked(open_store(tmp_path / "feedback.db"), [item.key() for item in items], tmp_path / "mark")
 
+    (tmp_path / "mark").touch()
     monkeypatch.setattr(online, "_wait", wait)
     monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
     return found
@@ -308,3 +311,38 @@ def test_answers_that_look_alike_are_not_asked_about(campaign: Campaign, asked: 
     online._compare(campaign, 1, online.Waiting())
     assert asked == []
     assert json.loads((campaign.folder / campaigns.COMPARISONS).read_text()) == []
+
+
+def test_a_round_in_which_nothing_was_ranked_is_asked_about_again(
+    campaign: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, verdicts = open_store(tmp_path / "feedback.db"), ["none", "skipped", "ranked"]
+    deadlines: list[Any] = []
+
+    def judged(_: str, look: Any, *, deadline: Any, **options: Any) -> Any:
+        """Somebody judges, in place of the pages and of the wait for it."""
+        deadlines.append(deadline)
+        verdict = verdicts.pop(0)
+        me = local_admin(store)
+        with store.session() as session:
+            shown = judging.show_next(session, me, "rank")
+            assert shown is not None, "what was said nothing by comes back"
+            sent = {"client_id": f"person-{verdict}", "item": shown.item, "verdict": verdict, "seconds": 1.0}
+            ranks = [1, 2] if verdict == "ranked" else None
+            version = judging.keep_guideline(session, "Judge.")
+            session.flush()
+            judging.submit(session, me, judging.Submission(**sent, ranks=ranks), version)
+        return look()
+
+    monkeypatch.setattr(online, "wait_for_people", judged)
+    monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
+    run_round(campaign)
+    begin_round(campaign)
+    write_jsonl(campaign.folder / campaigns.ITEMS, [ITEM])
+    waiting = online.Waiting(database=str(tmp_path / "feedback.db"), address="http://judge.example")
+    with pytest.raises(ConfigError, match=r"ranks anything.*The same command asks people again"):
+        online._judge(campaign, 1, "people", waiting)
+    with pytest.raises(ConfigError, match="Nobody has judged anything"):
+        online._judge(campaign, 1, "people", waiting)
+    assert online._judge(campaign, 1, "people", waiting) == 1
+    assert deadlines == sorted(set(deadlines))  # each time the hours begin anew

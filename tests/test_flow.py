@@ -358,7 +358,7 @@ def test_what_people_compared_stands_by_the_texts_that_the_gate_knows(
             [item] = session.query(Item).all()
             said = {"verdict": "ranked", "ranks": [1, 2], "presented": [1, 0], "seconds": 1.0, "guideline": version}
             session.add(Judgement(client_id="client-1", annotator_id=who, item_id=item.id, **said))
-        return online.Asked(store, [item.key() for item in items])
+        return online.Asked(store, [item.key() for item in items], round_1.folder / "mark")
 
     monkeypatch.setattr(online, "_wait", judged)
     online._compare(round_1, 1, online.Waiting())

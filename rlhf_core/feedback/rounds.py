@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from rlhf_core.feedback.exchange import Found, as_turns, export_rankings, stored
 from rlhf_core.feedback.judging import LIVE, Kind
-from rlhf_core.feedback.store import Annotator, Item, Judgement
+from rlhf_core.feedback.store import Annotator, Item, Judgement, now
 
 DATABASE_AWAY = (OperationalError, InterfaceError)  # what is raised while it is being restarted
 
@@ -41,6 +41,12 @@ def items_from(rows: Sequence[dict[str, Any]], kind: Kind) -> list[Found]:
 def open_again(session: Session, keys: Sequence[str], *, overlap: int) -> None:
     """Let so many people judge each item: also those that were closed, or were opened for fewer people before."""
     session.execute(update(Item).where(Item.key.in_(keys), Item.overlap < overlap).values(overlap=overlap))
+
+
+def ask_again(session: Session, keys: Sequence[str]) -> None:
+    """Bring back to people what they said nothing by: skipped, or none acceptable. It is withdrawn, as by undo."""
+    said = Judgement.item_id.in_(select(Item.id).where(Item.key.in_(keys))) & Judgement.verdict.in_(("skipped", "none"))
+    session.execute(update(Judgement).where(LIVE, said).values(withdrawn_at=now()))
 
 
 def count(session: Session, keys: Sequence[str], *, overlap: int) -> Count:
