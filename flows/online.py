@@ -164,6 +164,7 @@ def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: in
             run(*FIRST)
             verdict: dict[str, Any] = {"promoted": True, "checks": [], "judged": 0}
         else:
+            _check_kinds(campaign)
             run(SAMPLING)
             judged = _judge(campaign, number, annotator, waiting)
             version_data(FEEDBACK, root=campaign.folder)
@@ -177,6 +178,14 @@ def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: in
         if number:
             text = (campaign.round_folder(number) / "gate.md").read_text(encoding="utf-8")
             create_markdown_artifact(text, key="gate", description=f"The gate's verdict on round {number}")
+
+
+def _check_kinds(campaign: Campaign) -> None:
+    """The gate would stop at a misspelt kind of prompts, but hours later."""
+    from rlhf_core.gate import require_safety_kinds
+
+    kinds = {str(row.get("category") or "") for row in read_rows(campaign.folder / START / "answers.jsonl")}
+    require_safety_kinds(kinds, load_round_params(campaign).gate)
 
 
 # ---- judging

@@ -3,7 +3,7 @@
 Who judges, where answers come from, and what follows from the verdict are not here.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_core.agreement import judged_so_far, mean_interval
 from rlhf_core.config import Gate
 from rlhf_core.data import parse_prompt
-from rlhf_core.errors import DataError
+from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.records import Message
 from rlhf_core.statistics import Interval, answers_outcome, length_controlled_win_rate, longest_wins, win_rate
 
@@ -97,6 +97,27 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
     if not pairs:
         raise DataError(f"The answers of the new and the current policy {policy} share no prompt.")
     return pairs
+
+
+def require_safety_kinds(kinds: Collection[str], config: Gate) -> None:
+    """Stop where the data have kinds of prompts and a safety kind is none of them: its check would not be made.
+
+    Data without any kinds have no such prompts, and nothing is misspelt.
+
+    Args:
+        kinds: of the test prompts.
+
+    Raises:
+        ConfigError: names the kind and those that there are.
+    """
+    found = sorted({kind for kind in kinds if kind})
+    missing = [kind for kind in config.safety_kinds if kind not in found]
+    if found and missing:
+        raise ConfigError(
+            f"gate.safety_kinds names {', '.join(missing)}, but no test prompt is of that kind, so that nothing would "
+            f"be checked there. Found {', '.join(found)}. Begin another campaign with "
+            "-R gate.safety_kinds=[...]; [] checks none."
+        )
 
 
 def to_compare(pairs: Sequence[Pair]) -> list[Pair]:

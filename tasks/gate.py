@@ -12,7 +12,17 @@ from rlhf_core.config import Gate
 from rlhf_core.data import read_rows
 from rlhf_core.errors import DataError
 from rlhf_core.feedback.annotators import Item, rule
-from rlhf_core.gate import Pair, Rates, Verdict, gold_rates, judge_round, pair_answers, rates, to_compare
+from rlhf_core.gate import (
+    Pair,
+    Rates,
+    Verdict,
+    gold_rates,
+    judge_round,
+    pair_answers,
+    rates,
+    require_safety_kinds,
+    to_compare,
+)
 from rlhf_core.people import People, in_report, people_beside_gold
 from rlhf_core.statistics import outcome
 from tasks.stage import stage_run, write_json, write_text
@@ -30,6 +40,7 @@ def main() -> None:
             return
         config = run.params.gate
         pairs = pair_answers(_rows(ANSWERS), _rows(CURRENT), "ppo")
+        require_safety_kinds({pair.category for pair in pairs}, config)
         people = people_beside_gold(json.loads(COMPARISONS.read_text(encoding="utf-8")), pairs, config)
         judged = _judge(pairs, people, config)
         evaluate = json.loads(EVALUATION.read_text(encoding="utf-8"))
@@ -40,7 +51,7 @@ def main() -> None:
             page = in_report(REPORT.read_text(encoding="utf-8"), people, run.params.preferences.round)
             write_text(FOLDER / "report.html", page)
         write_json(FOLDER / "verdict.json", {"promoted": verdict.promoted, "checks": _checks(verdict)})
-        write_text(FOLDER / "report.md", report(verdict, people, run.params.preferences.round))
+        write_text(FOLDER / "report.md", report(verdict, people, run.params.preferences.round, config))
         run.finish_metrics(metrics)
         print(f"gate     {'promoted' if verdict.promoted else 'rejected'}", flush=True)
 
@@ -71,11 +82,13 @@ def _checks(verdict: Verdict) -> list[dict[str, Any]]:
     return [check._asdict() for check in verdict.checks]
 
 
-def report(verdict: Verdict, people: People | None, number: int) -> str:
+def report(verdict: Verdict, people: People | None, number: int, config: Gate) -> str:
     """The verdict as Markdown, and people's word beside the gold model's where they were asked."""
     lines = [f"# Round {number}: {'promoted' if verdict.promoted else 'rejected, the old policy stays'}", ""]
     lines += ["| check | passed |", "|---|---|"]
     lines += [f"| {check.words} | {'yes' if check.passed else '**no**'} |" for check in verdict.checks]
+    if config.safety_kinds and all(check.name != "safety" for check in verdict.checks):
+        lines += ["", f"No prompt has a kind, so that nothing was checked on {', '.join(config.safety_kinds)}."]
     if people is not None:
         lines += ["", *people.lines()]
     return "\n".join(lines) + "\n"

@@ -346,3 +346,14 @@ def test_a_round_in_which_nothing_was_ranked_is_asked_about_again(
         online._judge(campaign, 1, "people", waiting)
     assert online._judge(campaign, 1, "people", waiting) == 1
     assert deadlines == sorted(set(deadlines))  # each time the hours begin anew
+
+
+def test_a_misspelt_kind_of_prompts_is_told_before_a_round_is_sampled(
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_comparison(campaign, "New.", "Old.")
+    write_jsonl(campaign.folder / START / "answers.jsonl", [{**ANSWER, "text": "Old.", "category": "unsafe"}])
+    online._check_kinds(campaign)
+    write_jsonl(campaign.folder / START / "answers.jsonl", [{**ANSWER, "text": "Old.", "category": "unsaef"}])
+    with pytest.raises(ConfigError, match=r"gate\.safety_kinds names unsafe, but no test prompt.*Found unsaef"):
+        online._check_kinds(campaign)

@@ -7,13 +7,23 @@ from toy import PROJECT
 
 from rlhf_core.agreement import judged_so_far, wilson
 from rlhf_core.config import Gate
-from rlhf_core.errors import DataError
+from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.feedback import exchange
-from rlhf_core.gate import Pair, Rates, Verdict, alike, gold_rates, judge_round, pair_answers, rates
+from rlhf_core.gate import (
+    Pair,
+    Rates,
+    Verdict,
+    alike,
+    gold_rates,
+    judge_round,
+    pair_answers,
+    rates,
+    require_safety_kinds,
+)
 from rlhf_core.people import in_report, people_beside_gold
 from rlhf_core.records import Message
 from rlhf_core.statistics import Interval, length_controlled_win_rate, outcome
-from tasks.gate import _judge
+from tasks.gate import _judge, report
 
 VALUES: dict[str, Any] = {
     "seed": 0,
@@ -110,6 +120,18 @@ def test_without_safety_prompts_there_is_no_such_check() -> None:
     verdict = held(pairs(40, 10))
     assert [check.name for check in verdict.checks] == ["win_rate", "kl", "perplexity"]
     assert "safety_win_rate" not in verdict.metrics
+
+
+def test_a_safety_kind_that_no_prompt_has_is_told() -> None:
+    require_safety_kinds({"advice", "unsafe", ""}, CONFIG)
+    typo = CONFIG.model_copy(update={"safety_kinds": ("unsafe", "unsaef")})
+    with pytest.raises(ConfigError, match=r"names unsaef, but no test prompt.*Found advice, unsafe\."):
+        require_safety_kinds({"unsafe", "advice", ""}, typo)
+    require_safety_kinds({"advice"}, CONFIG.model_copy(update={"safety_kinds": ()}))
+    require_safety_kinds({""}, typo)  # these data have no kinds: nothing is misspelt, and the report says so
+    kindless = held(pairs(40, 10, category=""))
+    assert "nothing was checked on unsafe." in report(kindless, None, 1, CONFIG)
+    assert "nothing was checked" not in report(held(GOOD), None, 1, CONFIG)
 
 
 def test_another_judge_decides_and_the_gold_model_stands_beside_it() -> None:
