@@ -45,6 +45,7 @@ KEPT = {  # what a round leaves, by its place in rounds/NNN
 }
 PEOPLES_REPORT = "artifacts/gate/report.html"  # the same with what people said, where they were asked
 CONTINUED = ("ppo", "reward", "answers.jsonl")  # what the next round starts from
+GUIDELINE, AXES = "guideline.md", "axes.json"  # what people judge by, and score on, where somebody said so
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,23 @@ def _has_begun(folder: Path, kind: str, wanted: Mapping[str, Any]) -> bool:
 def _copy_code(folder: Path, project: Path) -> None:
     copy_code(folder, project)
     shutil.copy(project / "dvc.yaml", folder / "pipeline.yaml")
+
+
+def for_people(campaign: Campaign, guideline: str | None, axes: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The guideline's file that people judge by and the axes that they score on: those given are kept for later starts.
+
+    Raises:
+        MissingArtifact: there is no such file.
+    """
+    text, scored = campaign.folder / GUIDELINE, campaign.folder / AXES
+    if guideline:
+        if not Path(guideline).is_file():
+            raise MissingArtifact(f"Found no guideline {guideline}, expected a Markdown file.")
+        write_text(text, Path(guideline).read_text(encoding="utf-8"))
+    if axes:
+        write_json(scored, list(axes))
+    kept = json.loads(scored.read_text(encoding="utf-8")) if scored.is_file() else []
+    return str(text) if text.is_file() else None, kept
 
 
 def begin_round(campaign: Campaign) -> int:

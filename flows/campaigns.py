@@ -1,6 +1,7 @@
 """The commands of `rlhf online`: run rounds, look at them, wait for a schedule."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,19 @@ Address = Annotated[
     typer.Option(metavar="URL", help="Where people reach pages that you serve yourself with rlhf feedback."),
 ]
 
+Guideline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="What people judge by, in Markdown; what was given last, or the one that ships, if none."
+    ),
+]
+Axes = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B", help="What people score each answer on too, from 1 to 5; reward.axes, or what was given last."
+    ),
+]
+
 
 @app.callback(invoke_without_command=True)
 def about(context: typer.Context) -> None:
@@ -75,6 +89,8 @@ def run(
     judgements: Judgements = None,
     overlap: Overlap = 1,
     address: Address = None,
+    guideline: Guideline = None,
+    axes: Axes = "",
     port: Annotated[int, typer.Option(help="Port of the pages for people, if you do not serve them.")] = 8000,
 ) -> None:
     """Run rounds of a campaign; the first time also round 0, the pipeline itself.
@@ -96,7 +112,10 @@ def run(
     use_server(project)
     from flows.online import Waiting, online
 
-    waiting = Waiting(judgements=judgements, overlap=overlap, hours=hours, address=address, port=port)
+    waiting = Waiting(
+        judgements=judgements, overlap=overlap, hours=hours, address=address, port=port,
+        guideline=guideline, axes=_names(axes),
+    )  # fmt: skip
     online(
         name=name, rounds=rounds, until=until, annotator=annotator, recipe=recipe, overrides=overrides or [],
         in_rounds=in_rounds or [], waiting=waiting,
@@ -135,12 +154,15 @@ def serve(
     judgements: Judgements = None,
     overlap: Overlap = 1,
     address: Address = None,
+    guideline: Guideline = None,
+    axes: Axes = "",
     server_port: Annotated[int, typer.Option(help="Port of Prefect's server, started if none answers.")] = 4200,
 ) -> None:
     """Wait for scheduled rounds, and for those begun on Prefect's pages, and run them here. Ctrl-C ends it.
 
     - `rlhf online serve --cron "0 18 * * 5" --hours 60` asks people over the weekend
     """
+    guideline = guideline and str(Path(guideline).resolve())
     root = find_root()
     os.chdir(root)  # runs start in the folder that the server was told
     from flows.server import use_lasting_server
@@ -149,6 +171,12 @@ def serve(
     from flows.online import Waiting, online
 
     typer.echo(f"Prefect: {server.removesuffix('/api')}   (Ctrl-C ends it)")
-    waiting = Waiting(judgements=judgements, overlap=overlap, hours=hours, address=address)
+    waiting = Waiting(
+        judgements=judgements, overlap=overlap, hours=hours, address=address, guideline=guideline, axes=_names(axes)
+    )
     parameters = {"name": name, "annotator": annotator, "waiting": waiting.model_dump()}
     online.serve(name=f"{name}-served", cron=cron, limit=1, parameters=parameters)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

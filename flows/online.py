@@ -34,6 +34,7 @@ from flows.campaign import (
     Campaign,
     begin_round,
     end_round,
+    for_people,
     load_round_params,
     open_campaign,
     overview,
@@ -75,6 +76,16 @@ class Waiting(BaseModel):
     database: str | None = Field(
         None, title="Database", description="Of rlhf feedback: a file or a URL; .rlhf/feedback.db if empty."
     )
+    guideline: str | None = Field(
+        None,
+        title="Guideline",
+        description="A Markdown file that people judge by; what was given last, or the one that ships, if empty.",
+    )
+    axes: list[str] = Field(
+        [],
+        title="Axes",
+        description="What people score each answer on too, from 1 to 5; what was given last, or reward.axes, if empty.",
+    )
     seconds: float = Field(5.0, gt=0, title="Look every", description="Seconds between two looks at the count.")
 
 
@@ -110,7 +121,14 @@ def online(
         if project.parent.name == ".rlhf":  # the flow was started in a workspace
             project = project.parents[1]
         waiting = waiting.model_copy(update={"database": _database(waiting.database, project)})
+        if waiting.address and waiting.guideline:
+            raise ConfigError(
+                "Found --guideline with --address: pages that you serve yourself show the guideline that they were "
+                "given, `rlhf feedback --guideline FILE`. Leave it out here."
+            )
         campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides, in_rounds=in_rounds)
+        guideline, axes = for_people(campaign, waiting.guideline, waiting.axes)
+        waiting = waiting.model_copy(update={"guideline": guideline, "axes": axes})
         with chdir(campaign.folder), workspace_lock(campaign.folder):
             check_disk(campaign.folder)
             who = annotator or load_params("campaign.yaml").preferences.annotator
@@ -327,7 +345,8 @@ def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) 
     store, keys, log = open_store(waiting.database), [item.key() for item in items], get_run_logger()
     mark = campaign.folder / ".rlhf" / f"opened {what}"
     with store.session() as session:
-        add_items(session, items, overlap=waiting.overlap)
+        axes = waiting.axes or load_round_params(campaign).reward.axes  # asked of rankings only
+        add_items(session, items, overlap=waiting.overlap, axes=axes)
         rounds.open_again(session, keys, overlap=waiting.overlap)
         if not mark.is_file():
             rounds.ask_again(session, keys)
@@ -351,7 +370,7 @@ def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) 
     if waiting.address:
         found = wait(waiting.address)
     else:
-        with pages(waiting.database, port=waiting.port, say=log.info) as served:
+        with pages(waiting.database, port=waiting.port, guideline=waiting.guideline, say=log.info) as served:
             found = wait(served.address, served.look_after)
     with store.session() as session:
         rounds.close(session, keys)

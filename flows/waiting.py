@@ -143,12 +143,13 @@ def close_lost_run(flow_run_id: str, *, successor: str) -> None:
 class Pages:
     """The pages of `rlhf feedback` in a process of their own."""
 
-    def __init__(self, database: str, *, port: int, say: Callable[[str], None]) -> None:
+    def __init__(self, database: str, *, port: int, guideline: str | None, say: Callable[[str], None]) -> None:
         self.address = f"http://127.0.0.1:{port}"
         self.log = Path(project_root(), ".rlhf", "pages.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_text("", encoding="utf-8")
         self._command = [sys.executable, "-m", "flows.cli", "feedback", "--port", str(port)]
+        self._command += ["--guideline", guideline] if guideline else []
         self._database, self._say, self._not_before = database, say, 0.0
         self.process = self._start()
 
@@ -161,7 +162,8 @@ class Pages:
         self.process = self._start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        env = {**os.environ, "RLHF_FEEDBACK_DATABASE": self._database}  # anybody can read a command, and a URL's password
+        # Not as an option: others on the machine can read a command, and the password of a URL in it.
+        env = {**os.environ, "RLHF_FEEDBACK_DATABASE": self._database}
         with self.log.open("a", encoding="utf-8") as output:
             return subprocess.Popen(
                 self._command, env=env, stdout=output, stderr=output, start_new_session=True,
@@ -170,8 +172,8 @@ class Pages:
 
 
 @contextlib.contextmanager
-def pages(database: str, *, port: int, say: Callable[[str], None]) -> Iterator[Pages]:
-    """Serve the pages of `rlhf feedback` while people judge.
+def pages(database: str, *, port: int, guideline: str | None = None, say: Callable[[str], None]) -> Iterator[Pages]:
+    """Serve the pages of `rlhf feedback` while people judge, by the guideline in a file or the one that ships.
 
     Raises:
         ResourceError: they do not start.
@@ -185,7 +187,7 @@ def pages(database: str, *, port: int, say: Callable[[str], None]) -> Iterator[P
         except OSError:
             say(f"Port {port} is taken; the pages get another one.")
             port = free_port()
-    served = Pages(database, port=port, say=say)
+    served = Pages(database, port=port, guideline=guideline, say=say)
     try:
         _wait_until_served(served.address, served.process, served.log)
         yield served

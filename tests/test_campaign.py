@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy import select
 from toy import PROJECT
 
 from flows import campaign as campaigns
@@ -16,7 +17,7 @@ from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
 from rlhf_core.feedback import judging
 from rlhf_core.feedback.accounts import local_admin
-from rlhf_core.feedback.store import open_store
+from rlhf_core.feedback.store import Item, open_store
 from tasks.files import write_jsonl
 from tasks.pipeline import version_data, workspace_lock
 from tasks.stage import write_text
@@ -357,3 +358,33 @@ def test_a_misspelt_kind_of_prompts_is_told_before_a_round_is_sampled(
     write_jsonl(campaign.folder / START / "answers.jsonl", [{**ANSWER, "text": "Old.", "category": "unsaef"}])
     with pytest.raises(ConfigError, match=r"gate\.safety_kinds names unsafe, but no test prompt.*Found unsaef"):
         online._check_kinds(campaign)
+
+
+def test_the_guideline_and_the_axes_that_were_given_last_are_kept(campaign: Campaign, tmp_path: Path) -> None:
+    assert campaigns.for_people(campaign, None, []) == (None, [])
+    file = tmp_path / "mine.md"
+    for text, axes in (("Be kind.", ["kind"]), ("Be kind and short.", ["kind", "short"])):
+        file.write_text(text)
+        kept, scored = campaigns.for_people(campaign, str(file), axes)
+        file.unlink()
+        assert campaigns.for_people(open_campaign("try", project=project_of(campaign)), None, []) == (kept, scored)
+        assert (Path(kept or "").read_text(), scored) == (text, axes)
+    with pytest.raises(MissingArtifact, match="Found no guideline .*mine.md, expected a Markdown file"):
+        campaigns.for_people(campaign, str(file), [])
+
+
+@pytest.mark.parametrize(("given", "of_reward", "asked_for"), [([], [], []), (["kind"], ["short"], ["kind"]), ([], ["short"], ["short"])])
+def test_people_are_asked_for_scores_on_the_axes(
+    campaign: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], of_reward: list[str],
+    asked_for: list[str],
+) -> None:  # fmt: skip
+    values = yaml.safe_load((campaign.folder / "params.yaml").read_text())
+    values["reward"]["axes"] = of_reward
+    write_text(campaign.folder / "params.yaml", yaml.safe_dump(values))
+    monkeypatch.setattr(online, "wait_for_people", lambda _, look, **options: look()._replace(done=1))
+    monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
+    database = tmp_path / "feedback.db"
+    waiting = online.Waiting(database=str(database), address="http://judge.example", axes=given)
+    online._ask(campaign, 1, [ITEM], waiting)
+    with open_store(database).session() as session:
+        assert session.scalars(select(Item.axes)).all() == [asked_for]
