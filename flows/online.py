@@ -248,10 +248,10 @@ def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) ->
                 annotator, number, rows, load_round_params(campaign)
             )
         if not found:
-            again = "The same command asks people again, about all of it. " if annotator == PEOPLE else ""
+            again = "The same command asks people again. " if annotator == PEOPLE else ""
             raise ConfigError(
-                f"No judgement of round {number} ranks anything, so there is nothing to learn from. {again}With another "
-                f"annotator: `rlhf online run {campaign.name} --annotator rule:short`"
+                f"No judgement of round {number} ranks anything, so there is nothing to learn from. {again}With "
+                f"another annotator: `rlhf online run {campaign.name} --annotator rule:short`"
             )
         write_jsonl(file, found)
     return len(read_rows(file))
@@ -281,17 +281,46 @@ def as_ranking(said: Judgement, annotator: Annotator) -> dict[str, Any]:
 
 def _ask(campaign: Campaign, number: int, rows: list[dict[str, Any]], waiting: Waiting) -> list[dict[str, Any]]:
     """Rankings by people: the items are opened on the pages, and the flow waits."""
-    from rlhf_core.feedback.rounds import items_from, rankings
+    from rlhf_core.feedback.rounds import rankings
 
     if not rows:
         return []
-    asked = [{**row, "origins": [campaign.origin(number)] * len(row["responses"])} for row in rows]
-    found = _wait(campaign, items_from(asked, "rank"), waiting, what=f"round {number} of {campaign.name}")
+    found = _wait(campaign, _to_rank(campaign, number, rows), waiting, what=f"round {number} of {campaign.name}")
     with found.store.session() as session:
         said = rankings(session, found.keys)
+        late = _late(campaign, session)
     if not said:
         found.forget()
+    elif late:
+        get_run_logger().info(
+            f"{len(late)} judgements of earlier rounds came after those had ended; this one takes them"
+        )
+        said += late
     return said
+
+
+def _to_rank(campaign: Campaign, number: int, rows: list[dict[str, Any]]) -> list[Any]:
+    """A round's items as the pages hold them."""
+    from rlhf_core.feedback.rounds import items_from
+
+    origin = campaign.origin(number)
+    return items_from([{**row, "origins": [origin] * len(row["responses"])} for row in rows], "rank")
+
+
+def _late(campaign: Campaign, session: Any) -> list[dict[str, Any]]:
+    """Rankings of earlier rounds' items by people whose page was open when the round ended, each taken once."""
+    from rlhf_core.feedback.rounds import rankings
+
+    keep_all = load_round_params(campaign).gate.keep_rejected
+    keys: list[str] = []
+    taken: list[dict[str, Any]] = []
+    for decision in campaign.decisions():
+        items, judged = (campaign.round_folder(decision["round"]) / name for name in ("items.jsonl", "feedback.jsonl"))
+        if judged.is_file() and items.is_file():
+            taken += read_rows(judged)
+            if keep_all or decision["promoted"]:
+                keys += [item.key() for item in _to_rank(campaign, decision["round"], read_rows(items))]
+    return [row for row in rankings(session, keys) if row not in taken]
 
 
 def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:

@@ -16,8 +16,8 @@ from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_rou
 from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
 from rlhf_core.feedback import judging
-from rlhf_core.feedback.accounts import local_admin
-from rlhf_core.feedback.store import Item, open_store
+from rlhf_core.feedback.accounts import add_user, local_admin
+from rlhf_core.feedback.store import Annotator, Item, open_store
 from tasks.files import write_jsonl
 from tasks.pipeline import version_data, workspace_lock
 from tasks.stage import write_text
@@ -273,9 +273,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def wait(campaign: Campaign, items: list[Any], waiting: Any, *, what: str) -> online.Asked:
         found.extend(items)
+        (tmp_path / "mark").touch()
         return online.Asked(open_store(tmp_path / "feedback.db"), [item.key() for item in items], tmp_path / "mark")
 
-    (tmp_path / "mark").touch()
     monkeypatch.setattr(online, "_wait", wait)
     monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
     return found
@@ -369,11 +369,13 @@ def test_the_guideline_and_the_axes_that_were_given_last_are_kept(campaign: Camp
         file.unlink()
         assert campaigns.for_people(open_campaign("try", project=project_of(campaign)), None, []) == (kept, scored)
         assert (Path(kept or "").read_text(), scored) == (text, axes)
-    with pytest.raises(MissingArtifact, match="Found no guideline .*mine.md, expected a Markdown file"):
+    with pytest.raises(MissingArtifact, match=r"Found no guideline .*mine\.md, expected a Markdown file"):
         campaigns.for_people(campaign, str(file), [])
 
 
-@pytest.mark.parametrize(("given", "of_reward", "asked_for"), [([], [], []), (["kind"], ["short"], ["kind"]), ([], ["short"], ["short"])])
+@pytest.mark.parametrize(
+    ("given", "of_reward", "asked_for"), [([], [], []), (["kind"], ["short"], ["kind"]), ([], ["short"], ["short"])]
+)
 def test_people_are_asked_for_scores_on_the_axes(
     campaign: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], of_reward: list[str],
     asked_for: list[str],
@@ -388,3 +390,49 @@ def test_people_are_asked_for_scores_on_the_axes(
     online._ask(campaign, 1, [ITEM], waiting)
     with open_store(database).session() as session:
         assert session.scalars(select(Item.axes)).all() == [asked_for]
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_what_was_judged_after_its_round_had_ended_is_taken_into_the_next_one_once(
+    campaign: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promoted: bool
+) -> None:
+    store = open_store(tmp_path / "feedback.db")
+    add_user(store, "kim", "correct horse", admin=False)
+    local = local_admin(store)
+
+    def look(who: int) -> str:
+        with store.session() as session:
+            shown = judging.show_next(session, who, "rank")
+            return shown.item if shown else ""
+
+    def rank(who: int, item: str) -> None:
+        sent = {"client_id": f"{who}-{item}", "item": item, "verdict": "ranked", "seconds": 1.0, "ranks": [1, 2]}
+        with store.session() as session:
+            version = judging.keep_guideline(session, "Judge.")
+            session.flush()
+            judging.submit(session, who, judging.Submission.model_validate(sent), version)
+
+    with store.session() as session:
+        kim = session.scalars(select(Annotator.id).where(Annotator.name == "kim")).one()
+    opened: list[str] = []
+
+    def judged(_: str, count: Any, **options: Any) -> Any:
+        opened.append(look(kim))  # who has the page open, and goes for lunch
+        rank(local, look(local))
+        return count()
+
+    monkeypatch.setattr(online, "wait_for_people", judged)
+    monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
+    waiting = online.Waiting(database=str(tmp_path / "feedback.db"), address="http://judge.example", overlap=2)
+    run_round(campaign)
+    found = []
+    for number in (1, 2, 3):
+        begin_round(campaign)
+        prompt = [{"role": "user", "content": f"Question {number}?"}]
+        write_jsonl(campaign.folder / campaigns.ITEMS, [{**ITEM, "prompt": prompt}])
+        online._judge(campaign, number, "people", waiting)
+        found.append([row["annotator"] for row in campaigns.read_rows(campaign.feedback_file(number))])
+        end_round(campaign, number, {"promoted": promoted, "checks": [CHECK], "judged": 1})
+        if number == 1:
+            rank(kim, opened[0])
+    assert found == [["local"], ["local", "kim"] if promoted else ["local"], ["local"]]
