@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.cookiejar import CookieJar
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -31,6 +32,9 @@ from toy import PROJECT, store
 
 from flows.campaign import FEEDBACK, START, Campaign, begin_round
 from flows.server import free_port
+from rlhf_core.feedback.annotators import Item, rule
+from rlhf_core.gate import pair_answers
+from rlhf_core.statistics import outcome
 from rlhf_core.tiny import make_tokenizer
 
 pytestmark = [pytest.mark.online, pytest.mark.timeout(3000)]
@@ -335,6 +339,8 @@ def test_three_rounds_are_each_better_than_the_last_and_begin_from_it(ran: Ran) 
     assert [one["start"] for one in decisions] == [None, 0, 1, 2]
     found = [read(campaign.round_folder(number) / "metrics/gate.json") for number in (1, 2, 3)]
     assert all(0.5 < one["win_rate_low"] < one["win_rate"] for one in found)
+    over_sft = [beats_sft(campaign, number) for number in range(4)]  # one opponent throughout
+    assert over_sft == sorted(set(over_sft))
     lengths = [
         read(campaign.round_folder(number) / "metrics/evaluate.json")["ppo"]["response_length"] for number in range(4)
     ]
@@ -344,6 +350,14 @@ def test_three_rounds_are_each_better_than_the_last_and_begin_from_it(ran: Ran) 
         assert answered == locked(campaign, number - 1, "ppo", "outs", "artifacts/ppo/policy")
     gold = {(campaign.round_folder(n) / "reward/gold/adapter_model.safetensors").read_bytes() for n in range(4)}
     assert len(gold) == 1
+
+
+def beats_sft(campaign: Campaign, number: int) -> float:
+    """How often a round's policy beats the SFT policy, by the rule that taught it."""
+    answers = rows(campaign.round_folder(number) / "answers.jsonl")
+    pairs = pair_answers(answers, [{**row, "policy": "ppo"} for row in answers if row["policy"] == "sft"], "ppo")
+    said = rule("short").judge([Item(pair.prompt, (pair.new, pair.current)) for pair in pairs])
+    return mean(outcome(-new, -sft) for new, sft in (one.ranks for one in said))
 
 
 def test_the_ensemble_chose_what_was_judged_and_learned_from_it(ran: Ran) -> None:
