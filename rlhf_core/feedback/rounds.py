@@ -1,6 +1,7 @@
 """A round of an online campaign on the pages: opened for people, counted while they judge, read, and closed.
 
-A round's items are told from all others by their keys, so that a team's pages may hold several campaigns at once.
+A round's items are told from all others by their keys. `origins` are a part of these and name the campaign, so that a
+team's pages may show several at once.
 """
 
 from collections import Counter
