@@ -42,7 +42,7 @@ from flows.campaign import (
     words,
 )
 from flows.rlhf import bring_up_to_date
-from flows.waiting import close_lost_run, pages, wait_for_people
+from flows.waiting import StoppedByHand, close_lost_run, pages, wait_for_people
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.feedback.annotators import Annotator, Item, Judgement, rule
@@ -141,6 +141,8 @@ def online(
             create_markdown_artifact(
                 overview(campaign.name, decisions), key="rounds", description=f"All rounds of {name}"
             )
+    except StoppedByHand as stopped:
+        return stopped.state()
     except RLHFError as error:  # one clear message; a traceback would say less
         return Failed(message=str(error), data=error)
     promoted = max(decision["round"] for decision in decisions if decision["promoted"])

@@ -20,10 +20,10 @@ from uuid import UUID
 import httpx
 from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
-from prefect.states import Cancelled, Crashed, Paused, Running
+from prefect.states import Cancelled, Cancelling, Crashed, Paused, Running
 
 from flows.server import free_port, stop
-from rlhf_core.errors import ResourceError
+from rlhf_core.errors import ResourceError, RLHFError
 from rlhf_core.feedback.rounds import DATABASE_AWAY, Count
 from tasks.environment import project_root
 
@@ -32,6 +32,15 @@ PAUSED = "Waiting for people"
 AWAY = (httpx.TransportError, *DATABASE_AWAY)  # a server that is being restarted; httpx is how Prefect asks its own
 REVIVAL_SECONDS = 60.0  # between two starts of pages that end at once
 T = TypeVar("T")
+
+
+class StoppedByHand(KeyboardInterrupt):
+    """Somebody cancelled the run on Prefect's page. What is under way ends as by Ctrl-C."""
+
+    def state(self) -> Any:
+        """What the flow returns: an interrupt that left it would be a crash to Prefect."""
+        message = "Cancelled while it waited for people. Nothing that was judged is lost: the same command goes on."
+        return Cancelled(message=message, data=RLHFError(message))
 
 
 def wait_for_people(
@@ -121,13 +130,13 @@ def _still_paused(run: UUID) -> bool:
     """False once somebody pressed Resume.
 
     Raises:
-        KeyboardInterrupt: somebody cancelled the run.
+        StoppedByHand: somebody cancelled the run.
     """
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(run).state
     if state is not None and (state.is_cancelling() or state.is_cancelled()):
-        _set_state(run, Cancelled(message="Cancelled while it waited for people."))
-        raise KeyboardInterrupt
+        _set_state(run, Cancelling())  # from which a flow may end as cancelled; one that is so already may not
+        raise StoppedByHand
     return state is not None and state.is_paused()
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.cookiejar import CookieJar
 from pathlib import Path
@@ -35,7 +37,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 print(use_server(Path.cwd()), flush=True)
 from prefect import flow
 from prefect.runtime import flow_run
-from flows.waiting import pages, wait_for_people
+from flows.waiting import StoppedByHand, pages, wait_for_people
 from rlhf_core.feedback import rounds
 from rlhf_core.feedback.exchange import add_items
 from rlhf_core.feedback.store import open_store
@@ -53,8 +55,14 @@ def look():
     with store.session() as session:
         return rounds.count(session, keys, overlap=1)
 
-@flow(name="waits")
+@flow(name="waits", persist_result=False)
 def waits():
+    try:
+        wait()
+    except StoppedByHand as stopped:
+        return stopped.state()
+
+def wait():
     with pages("feedback.db", port=port, say=print) as served:
         found = wait_for_people(
             str(flow_run.get_id()), look, enough=3, deadline=datetime.now(UTC) + timedelta(seconds=seconds),
@@ -204,6 +212,9 @@ def test_cancel_on_prefects_page_ends_it(running: Any) -> None:
     assert answer["status"] == "ACCEPT"
     assert flow.process.wait(timeout=300) != 0
     assert not any(line.startswith("FOUND") for line in flow.process.stdout)
+    with closing(sqlite3.connect(Path(os.environ["PREFECT_HOME"]) / "prefect.db")) as records:
+        query = "SELECT state_type FROM flow_run ORDER BY created DESC LIMIT 1"
+        assert records.execute(query).fetchone() == ("CANCELLED",)
 
 
 def test_a_restart_of_prefects_server_or_of_the_database_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
