@@ -7,6 +7,7 @@ import os
 import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -194,6 +195,9 @@ def open_store(database: str | Path) -> Store:
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_up_sqlite)
         with engine.begin() as connection:
+            # One process at a time, and all steps or none: SQLite's driver would commit each statement by itself, and
+            # a kill between two would leave tables that are of no version.
+            connection.execute(BEGIN if engine.dialect.name == "sqlite" else ADVISORY_LOCK)
             config = Config()
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
             config.attributes["connection"] = connection
@@ -230,5 +234,19 @@ def _make_private(path: Path) -> None:
 def _set_up_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     # FULL: a judgement that was answered for is on the disk, also if the power fails. 30 s: SQLite lets no one queue,
     # so that one among many may be unlucky for seconds, and shall wait on rather than be refused.
-    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+    for setting in ("synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {setting}")
+    _write_ahead(connection)
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """SQLite refuses this, and does not wait, where another process does it to the same new file just then."""
+    until = time.monotonic() + 30
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
