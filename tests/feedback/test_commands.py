@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from people import ANSWERS, PASSWORD
+from people import ANSWERS, PASSWORD, Person
 from typer.testing import CliRunner
 
 from flows import cli, feedback
@@ -63,6 +64,19 @@ def test_a_person_on_a_laptop_starts_in_one_command(project: Path, monkeypatch: 
     assert hosts == ["127.0.0.1"]
     assert "http://127.0.0.1:8000" in said
     assert "whoever sits at this machine is its admin, without login" in said
+
+
+def test_the_days_number_reaches_the_pages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    apps: list[Any] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: apps.append(app))
+    monkeypatch.setattr(feedback, "require_free", lambda *_: None)
+    run("import", "answers.jsonl")
+    run("--daily", "4")
+    page = Person(apps[0], base_url="http://127.0.0.1", client=("127.0.0.1", 50000)).get("/compare").text
+    assert "left for you today 4" in page
+    apps[0].state.desk.store.close()
 
 
 def test_other_machines_only_with_a_password(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

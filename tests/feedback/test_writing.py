@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from people import ANSWERS, RANKINGS, Person
+from people import ANSWERS, RANKINGS, SECRET, Person
 from sqlalchemy import select
 
 from rlhf_core.data import parse_demonstration, parse_ranking, read_rows
 from rlhf_core.errors import DataError
 from rlhf_core.feedback import exchange
+from rlhf_core.feedback.app import create_app
 from rlhf_core.feedback.gold import accuracy
 from rlhf_core.feedback.judging import progress
 from rlhf_core.feedback.results import habits
@@ -210,3 +211,11 @@ def test_what_is_left_today_is_the_days_number_or_all_there_is(browser: Browser,
         )
         session.flush()
         assert progress(session, who, "rank", a_day=3)[3:] == (0, 3)  # of another day
+
+
+def test_the_pages_tell_what_is_left_of_the_days_number(store: Store, items: None) -> None:
+    kim = Person(create_app(store, secret=SECRET, a_day=3), base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
+    assert kim.get("/").text.count("left for you today 3") == 2  # to rank, and to compare
+    kim.judge(client_id="client-1")
+    assert "left for you today 2" in kim.get("/rank").text
+    assert "left for you today 3" in kim.get("/compare").text
