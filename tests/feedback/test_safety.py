@@ -236,6 +236,17 @@ def test_scripts_in_whatever_was_written_stay_text(browser: Browser, store: Stor
         kim.submit(f"/judgements/{kim.last(kind)}/undo")
         assert "C &lt;script&gt;" in kim.get(f"/{kind}").text
         kim.judge(kind, client_id=f"again-{kind}", ranks=[1, 2])
+    to_correct = {"prompt": f"P {SCRIPT}", "response": f"A </textarea>{SCRIPT}", "category": SCRIPT}
+    with store.session() as session:
+        found = exchange.find_items("rows", [(1, to_correct)], kind="write", policies=("a", "b"), how="sampled")
+        exchange.add_items(session, found)
+    assert kim.get("/write").text.count("&lt;script&gt;alert(1)") == 5  # name, kind, prompt, response, and the text
+    written = {"verdict": "written", "ranks": None, "written": f"W </textarea>{SCRIPT}", "comment": f"C {SCRIPT}"}
+    assert kim.judge("write", client_id="client-write", **written).status_code == 200
+    kim.submit(f"/judgements/{kim.last('write')}/undo")
+    page = kim.get("/write").text
+    assert "W &lt;/textarea&gt;&lt;script&gt;" in page
+    assert "C &lt;script&gt;" in page
     for path in PAGES:
         text = kim.get(path).text
         assert "<script>" not in text
@@ -318,6 +329,14 @@ def test_sql_in_any_field_is_text(browser: Browser, store: Store) -> None:
         judgement = session.scalars(select(Judgement)).one()
         assert (judgement.comment, judgement.client_id, judgement.scores) == (SQL, SQL, {SQL: [1, 2]})
         assert session.scalar(select(func.count(Annotator.id))) == 1
+        found = exchange.find_items(
+            "rows", [(1, {"prompt": SQL, "response": SQL})], kind="write", policies=("a", "b"), how=""
+        )
+        exchange.add_items(session, found)
+    written = {"verdict": "written", "ranks": None, "written": SQL}
+    assert kim.judge("write", client_id="client-write", **written).status_code == 200
+    with store.session() as session:
+        assert session.scalars(select(Judgement.written).order_by(Judgement.id)).all() == [None, SQL]
 
 
 @pytest.mark.parametrize(
