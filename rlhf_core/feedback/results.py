@@ -16,7 +16,7 @@ from rlhf_core.feedback.store import Item, Judgement
 from rlhf_core.statistics import Interval
 
 WIDTH = 0.15  # of the sequential interval at which there is enough though no side is ahead; some 450 prompts
-PAIRS_SHOWN = 30  # of annotators; the ones that agree least
+PAIRS_SHOWN = 30  # of annotators, those that agree least; the page folds the others away
 Rated = tuple[Hashable, Hashable, float]  # annotator, what was rated, rating
 
 
@@ -72,7 +72,7 @@ class Agreement(NamedTuple):
 
     alpha: Interval | None
     pairs: list[Agreed]
-    more: int  # pairs of people that are not shown
+    folded: list[Agreed]  # those that agree more than the first ones
 
 
 class Habit(NamedTuple):
@@ -226,7 +226,7 @@ def agreement(session: Session, kind: Kind) -> Agreement:
             for a, b in combinations(range(len(ranks)), 2)
         ]
     if not judged:
-        return Agreement(None, [], 0)
+        return Agreement(None, [], [])
     by_choice = table(choices)
     rated = table(ratings) if kind == "rank" else by_choice
     twice = any(number > 1 for number in Counter(one.item_id for one in judged).values())
@@ -239,7 +239,7 @@ def agreement(session: Session, kind: Kind) -> Agreement:
         for a, b, n, share, kappa in pairwise_agreement(by_choice.ratings_AI)
     ]
     pairs.sort(key=lambda pair: (pair.share, pair.first, pair.second))
-    return Agreement(alpha if alpha and isfinite(alpha.mean) else None, pairs[:PAIRS_SHOWN], len(pairs[PAIRS_SHOWN:]))
+    return Agreement(alpha if alpha and isfinite(alpha.mean) else None, pairs[:PAIRS_SHOWN], pairs[PAIRS_SHOWN:])
 
 
 # ---- how each person judges

@@ -1,5 +1,6 @@
 """Win rates, intervals, and how people judged."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -175,9 +176,28 @@ def test_agreement_of_rankings_goes_by_ranks_and_by_pairs(browser: Browser, stor
         judge_all(browser(name), "rank", "Red", name)
     with store.session() as session:
         found = agreement(session, "rank")
-        assert agreement(session, "compare") == (None, [], 0)
+        assert agreement(session, "compare") == (None, [], [])
     assert found.alpha.mean == 1
     assert [(pair.judged, pair.share) for pair in found.pairs] == [(18, 1)]
+
+
+def test_every_pair_of_people_is_on_the_page_those_beyond_the_first_thirty_folded(
+    browser: Browser, store: Store, items: None
+) -> None:
+    with store.session() as session:
+        for item in session.scalars(select(Item)):
+            item.overlap = 9
+    people = [browser(f"p{number}", admin=not number) for number in range(9)]
+    for number, person in enumerate(people):  # p8 is alone in what they say
+        judge_all(person, "compare", "sft" if number == 8 else "ppo", str(number))
+    with store.session() as session:
+        found = agreement(session, "compare")
+    assert [(pair.second, pair.share) for pair in found.pairs[:8]] == [("p8", 0)] * 8
+    assert (len(found.pairs), len(found.folded)) == (30, 6)  # of 9 · 8 / 2
+    shown, folded = people[0].get("/results").text.split("<summary>6 more, who agree more</summary>")
+    named = [re.findall(r'<th scope="row" dir="auto">(p\d, p\d)</th>', part) for part in (shown, folded)]
+    assert [len(part) for part in named] == [30, 6]
+    assert len({*named[0], *named[1]}) == 36
 
 
 def test_who_goes_by_side_or_by_length_is_seen(browser: Browser, store: Store, items: None) -> None:

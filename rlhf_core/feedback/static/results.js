@@ -6,13 +6,20 @@ const usual = notice.textContent;
 const EVERY = 5000; // milliseconds
 let shown = "";
 
+// What somebody unfolded stays so.
+function replace(text) {
+  const open = [...live.querySelectorAll("details[open]")].map((details) => details.id);
+  live.replaceChildren(...new DOMParser().parseFromString(text, "text/html").body.childNodes);
+  live.querySelectorAll("details").forEach((details) => (details.open = open.includes(details.id)));
+}
+
 async function look() {
   if (document.hidden) return;
   try {
     const answer = await fetch("/results/live", { headers: { Accept: "text/html" }, redirect: "error" });
     if (!answer.ok) throw new Error();
     const text = await answer.text();
-    if (text !== shown) live.replaceChildren(...new DOMParser().parseFromString(text, "text/html").body.childNodes);
+    if (text !== shown) replace(text);
     shown = text;
     notice.textContent = usual;
   } catch {
