@@ -47,11 +47,15 @@ class Imported(NamedTuple):
     added: dict[str, int]
     known: int
     identical: int  # comparisons of two equal texts, which nobody can judge
+    more: int  # known ones that more people judge now
+    gold: int  # known ones whose answer is known now, or is another
 
     def __str__(self) -> str:
         words = [f"{number} to {kind}" for kind, number in self.added.items() if number]
         text = f"Added {' and '.join(words) or 'nothing'}."
         text += f" {self.known} were there already." if self.known else ""
+        text += f" {self.more} of them go to more people now." if self.more else ""
+        text += f" {self.gold} of them have a known answer now." if self.gold else ""
         return text + (f" {self.identical} left out: both answers are the same." if self.identical else "")
 
 
@@ -127,7 +131,8 @@ def pair_files(first: tuple[str, Sequence[Row]], second: tuple[str, Sequence[Row
 
 
 def add_items(session: Session, items: Sequence[Found], *, overlap: int = 1, axes: Sequence[str] = ()) -> Imported:
-    """Store what is not there yet.
+    """Store what is not there yet. What is there goes to more people if more are wanted now, and to no fewer; and its
+    answer is known from now on if the file tells it.
 
     Args:
         overlap: how many people judge each item.
@@ -138,20 +143,41 @@ def add_items(session: Session, items: Sequence[Found], *, overlap: int = 1, axe
     """
     if len({*axes}) != len(axes) or len(axes) > MOST_AXES or not all(0 < len(axis.strip()) <= 40 for axis in axes):
         raise DataError(f"Found axes {list(axes)}, expected up to {MOST_AXES} different names of 1 to 40 characters.")
-    known = set(session.scalars(select(Item.key)))
+    known: dict[str, int | None] = dict(session.execute(select(Item.key, Item.id)).tuples().all())
     added = {"rank": 0, "compare": 0, "write": 0}
-    identical = repeated = 0
+    identical = repeated = more = golds = 0
     for item in map(stored, items):
         if item.identical:
             identical += 1
         elif (key := item.key()) in known:
             repeated += 1
+            if (number := known[key]) is not None:
+                there = session.get_one(Item, number)
+                more += _wanted_by_more(there, overlap)
+                golds += _known_from_now_on(there, item)
         else:
-            known.add(key)
+            known[key] = None
             scored = list(axes) if item.kind == "rank" else []
             session.add(Item(key=key, overlap=overlap, axes=scored, **item._asdict()))
             added[item.kind] += 1
-    return Imported(added, repeated, identical)
+    return Imported(added, repeated, identical, more, golds)
+
+
+def _wanted_by_more(there: Item, overlap: int) -> bool:
+    fewer = there.overlap < overlap
+    there.overlap = max(there.overlap, overlap)
+    return fewer
+
+
+def _known_from_now_on(there: Item, item: Found) -> bool:
+    """Whether the file tells another answer than was known; its responses may stand in another order than here."""
+    if item.gold is None:
+        return False
+    ours = sorted(range(len(item.gold)), key=lambda place: (there.responses[place], there.sources[place]))
+    theirs = sorted(range(len(item.gold)), key=lambda place: (item.responses[place], item.sources[place]))
+    before, gold = there.gold, dict(zip(ours, (item.gold[place] for place in theirs), strict=True))
+    there.gold, there.gold_from = [gold[place] for place in range(len(gold))], None
+    return there.gold != before
 
 
 def export_rankings(session: Session, *, keys: Set[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 from math import isfinite
 from statistics import median
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, joinedload
@@ -97,11 +97,12 @@ class Results(NamedTuple):
     habits: dict[Kind, list[Habit]]
 
 
-def mark(session: Session) -> tuple[int | None, ...]:
+def mark(session: Session) -> tuple[Any, ...]:
     """Something that changes whenever a judgement is made or undone, or an answer becomes known."""
     judged = select(func.count(Judgement.id), func.count(Judgement.withdrawn_at))
-    items = select(func.count(Item.id), func.sum(Item.overlap), func.sum(Item.gold_from))
-    return (*session.execute(judged).one(), *session.execute(items).one())
+    items = select(func.count(Item.id), func.sum(Item.overlap))
+    known = select(Item.id, Item.gold, Item.gold_from).where(Item.gold.is_not(None)).order_by(Item.id)
+    return (*session.execute(judged).one(), *session.execute(items).one(), session.execute(known).tuples().all())
 
 
 def find(session: Session) -> Results:

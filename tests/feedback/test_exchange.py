@@ -95,6 +95,21 @@ def test_importing_twice_adds_nothing_and_equal_answers_are_left_out(store: Stor
         assert session.scalar(select(func.count(Item.id))) == 6
 
 
+def test_importing_again_for_more_people_raises_their_number_and_never_lowers_it(store: Store) -> None:
+    told = []
+    with store.session() as session:
+        for overlap in (2, 3, 1):
+            told.append(str(exchange.add_items(session, found(*ANSWERS), overlap=overlap)))
+        assert set(session.scalars(select(Item.overlap))) == {3}
+        twice = exchange.add_items(session, found(RANKINGS[0], RANKINGS[0]), overlap=2)
+    assert told == [
+        "Added 6 to compare.",
+        "Added nothing. 6 were there already. 6 of them go to more people now.",
+        "Added nothing. 6 were there already.",
+    ]
+    assert str(twice) == "Added 1 to rank. 1 were there already."
+
+
 def test_the_admin_page_imports_and_exports(browser: Browser, tmp_path: Path) -> None:
     admin = browser("kim", admin=True)
     text = "".join(json.dumps(row) + "\n" for row in RANKINGS)

@@ -1,5 +1,6 @@
 """Writing, scores by axis, gold questions, and what is left for today."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,36 @@ def test_everybody_gets_gold_questions_and_is_measured_by_them(browser: Browser,
         assert of["all"][1] == 6
         assert progress(session, None, "rank")[1:3] == (2, 2)
     assert "gold" not in people["kim"].get("/rank").text
+
+
+def test_an_answer_becomes_known_when_its_file_is_imported_again(browser: Browser, store: Store) -> None:
+    add(store, RANKINGS[:2])
+    kim = browser("kim", admin=True)
+    for number in range(2):
+        ranks = [1 if text == "A cherry." else 2 for text in kim.responses()]
+        kim.judge(client_id=f"client-{number}", ranks=ranks)
+    kim.submit(f"/admin/gold/{kim.last()}")  # which the file's answer takes the place of
+    assert "of 2</span>" not in kim.get("/results").text
+
+    def import_again(*known: tuple[str, int]) -> str:
+        responses, ranks = zip(*known, strict=True)
+        rows = [{**row, "responses": responses, "ranks": ranks} for row in RANKINGS[:2]]
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        headers = {"X-CSRF-Token": kim.token()}
+        return kim.post("/admin/import", params={"known": True}, content=content, headers=headers).json()["message"]
+
+    # In another order than they lie here: the ranks go with the responses.
+    said = import_again(("Red.", 3), ("A banana.", 2), ("A cherry.", 1))
+    assert said == "Added nothing. 2 were there already. 2 of them have a known answer now."
+    assert import_again(("Red.", 3), ("A banana.", 2), ("A cherry.", 1)) == "Added nothing. 2 were there already."
+    with store.session() as session:
+        assert [(item.gold, item.gold_from) for item in session.scalars(select(Item))] == [([1, 3, 2], None)] * 2
+        [everyone, _] = habits(session, "rank")
+    assert (everyone.gold.mean, everyone.golds) == (pytest.approx(2 / 3), 2)  # cherry first, the others tied
+    assert "of 2</span>" in kim.get("/results").text
+    before = kim.get("/results").text
+    import_again(("Red.", 1), ("A banana.", 2), ("A cherry.", 3))
+    assert kim.get("/results").text != before
 
 
 def test_an_admin_makes_an_own_judgement_the_known_answer(browser: Browser, store: Store, items: None) -> None:
