@@ -70,6 +70,8 @@ def import_items(
             imported = exchange.add_items(session, items, overlap=overlap, axes=exchange.names(axes))
     except UnicodeDecodeError:
         raise HTTPException(422, f"{name} is not UTF-8 text.") from None
+    except RecursionError:  # read, but too deep to be told
+        raise HTTPException(422, f"{name} has brackets within brackets within brackets.") from None
     except RLHFError as error:
         raise HTTPException(422, str(error)) from None
     return {"message": str(imported)}

@@ -33,6 +33,7 @@ from rlhf_core.feedback.store import CONNECTIONS, Annotator, Store
 
 FOLDER = Path(__file__).parent
 MOST_BYTES = 1_000_000  # of a request's body
+MOST_FIELDS = 20  # of a form
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FORWARDED = ("forwarded", "via", "x-real-ip")  # what proxies add, beside X-Forwarded-For, -Host, -Proto and the like
 HEADERS = {
@@ -246,7 +247,11 @@ async def form(request: Request) -> dict[str, str]:
     if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         return {}
     text = (await request.body()).decode("utf-8", errors="replace")
-    return {name: values[-1] for name, values in parse_qs(text, max_num_fields=20).items()}
+    try:
+        fields = parse_qs(text, max_num_fields=MOST_FIELDS)
+    except ValueError:
+        raise HTTPException(422, f"More than {MOST_FIELDS} fields.") from None
+    return {name: values[-1] for name, values in fields.items()}
 
 
 async def raw_body(request: Request) -> bytes:

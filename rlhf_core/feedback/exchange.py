@@ -65,7 +65,7 @@ def read_text(text: str) -> Iterator[Row]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or brackets without end
                 yield number, line
 
 

@@ -195,6 +195,31 @@ def test_a_body_over_the_limit_is_refused(browser: Browser) -> None:
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+def test_a_form_of_too_many_fields_is_refused(browser: Browser) -> None:
+    kim = browser("kim")
+    for path in ("/login", "/logout"):
+        sent = kim.post(path, data={str(number): "x" for number in range(30)}, follow_redirects=False)
+        assert sent.status_code == 422
+        assert sent.json() == {"detail": "More than 20 fields."}
+
+
+UNREADABLE = ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, "1" * 4000, "NaN", "[" * 50 + "]" * 50]
+# What is read, and is too deep to be told: where that begins depends on how deep the calls are that read it.
+DEEP = ["[" * depth + "]" * depth for depth in range(800, 1000, 5)]
+
+
+@pytest.mark.parametrize("field", ["row", "prompt", "responses", "ranks", "origins", "margin", "category"])
+def test_what_cannot_be_read_is_a_bad_row(browser: Browser, field: str) -> None:
+    local = browser()
+    headers = {"X-CSRF-Token": local.token()}
+    for value in UNREADABLE + DEEP:
+        row = {"prompt": '"Why?"', "responses": '["a", "b"]', "ranks": "[1, 2]", field: value}
+        line = value if field == "row" else "{" + ", ".join(f'"{name}": {text}' for name, text in row.items()) + "}"
+        sent = local.post("/admin/import", params={"known": True}, content=line.encode(), headers=headers)
+        expected = (200, 422) if field in ("origins", "margin", "category") else (422,)
+        assert sent.status_code in expected, (value[:9], len(value), sent.text[:200])
+
+
 def test_every_answer_forbids_foreign_scripts_and_frames(browser: Browser) -> None:
     kim = browser("kim", admin=True)
     for path in [*PAGES, "/static/judge.js", "/nowhere"]:
