@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.listening import LOOPBACK, require_free
+from flows.listening import LOOPBACK, in_address, require_free
 from rlhf_core.errors import ConfigError, MissingArtifact
 from tasks.environment import record_folder
 from tasks.pipeline import find_root
@@ -79,7 +79,7 @@ def feedback(
     secret = secret_key(record_folder(find_root()) / "feedback.key")
     artifacts = find_root() / "artifacts"
     page = create_app(store, secret=secret, guideline=text, https=https, a_day=daily, artifacts=artifacts)
-    typer.echo(f"Feedback: http://{host}:{port}   (Ctrl-C ends it)")
+    typer.echo(f"Feedback: http://{in_address(host)}:{port}   (Ctrl-C ends it)")
     if not store.has_login():
         typer.echo("Nobody has a password: whoever sits at this machine is its admin, without login.")
     uvicorn.run(page, host=host, port=port, log_level="warning", server_header=False)

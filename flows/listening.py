@@ -21,11 +21,21 @@ def require_free(host: str, port: int, command: str) -> None:
     Raises:
         ResourceError: something listens there already, or the host is not this machine's; names another port.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ResourceError(
-                f"Cannot listen on {host}:{port}: {error.strerror}. Choose another: `{command} --port {port + 1}`"
-            ) from error
+    try:
+        # All addresses of the name, as servers do: localhost has two where there is IPv6.
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:  # that of IPv4 may be another's
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot listen on {in_address(host)}:{port}: {error.strerror}. "
+            f"Choose another: `{command} --port {port + 1}`"
+        ) from error
+
+
+def in_address(host: str) -> str:
+    """The host as it stands before a port."""
+    return f"[{host}]" if ":" in host else host

@@ -1,6 +1,8 @@
 """`rlhf feedback` on the command line."""
 
 import json
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from people import ANSWERS, PASSWORD, Person
 from typer.testing import CliRunner
 
-from flows import cli, feedback
+from flows import cli, feedback, listening
 from rlhf_core.errors import ConfigError, DataError, ResourceError
 from rlhf_core.feedback.store import open_store
 
@@ -97,6 +99,32 @@ def test_behind_a_proxy_only_with_a_password(project: Path, monkeypatch: pytest.
     run("add-user", "kim", password=f"{PASSWORD}\n")
     run("--https")
     assert hosts == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_host_of_either_family_can_be_listened_on_unless_its_port_is_taken(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as taken:
+        try:
+            taken.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        port = taken.getsockname()[1]
+        taken.listen()
+        shown = re.escape(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        with pytest.raises(ResourceError, match=rf"^Cannot listen on {shown}: Address already in use\."):
+            listening.require_free(host, port, "rlhf feedback")
+    listening.require_free(host, port, "rlhf feedback")
+
+
+def test_an_address_of_another_machine_is_named() -> None:
+    with pytest.raises(ResourceError, match=r"^Cannot listen on 192\.0\.2\.7:8000: Cannot assign requested address"):
+        listening.require_free("192.0.2.7", 8000, "rlhf feedback")
+
+
+def test_the_address_of_ipv6_can_be_followed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served(monkeypatch) == []
+    assert "http://[::1]:8000 " in run("--host", "::1")
 
 
 def test_mistakes_are_named(project: Path) -> None:

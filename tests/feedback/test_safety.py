@@ -60,6 +60,13 @@ def test_nobody_else_comes_in_without_one(store: Store, host: str, client: str, 
         )
 
 
+def test_this_machine_has_an_address_of_ipv6_too(store: Store) -> None:
+    local = Person(create_app(store, secret=SECRET), base_url="http://[::1]:8000", client=("::1", 50000))
+    assert local.get("/rank").status_code == 200
+    stranger = Person(create_app(store, secret=SECRET), base_url="http://[::1]:8000", client=("2001:db8::7", 50000))
+    assert stranger.get("/rank").status_code == 401
+
+
 def test_with_the_first_account_everybody_has_to_log_in(browser: Browser, store: Store) -> None:
     local = browser()
     token = local.token()
