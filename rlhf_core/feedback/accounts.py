@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,15 +92,25 @@ class LoginLimit:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._failures: list[tuple[float, str, str]] = []  # when, name, address
+        self._tries: list[tuple[float, str, str]] = []  # when, name, address, of those not known to be right
+        self._one_at_a_time = threading.Lock()
 
-    def blocked(self, name: str, address: str) -> bool:
-        """Whether this name or address failed too often of late."""
-        since = self.clock() - self.SECONDS
-        self._failures = [failure for failure in self._failures if failure[0] > since]
-        names = [known for _, known, origin in self._failures if origin == address]
-        return len(names) >= self.BY_ADDRESS or names.count(name) >= self.BY_NAME
+    def admits(self, name: str, address: str) -> bool:
+        """Whether a password may be tried. It counts as wrong until `right` is told: checking takes long, and of many
+        tries at once no more are checked than of many in a row.
+        """
+        name, now = name[:80], self.clock()
+        with self._one_at_a_time:
+            self._tries = [one for one in self._tries if one[0] > now - self.SECONDS]
+            names = [known for _, known, origin in self._tries if origin == address]
+            if len(names) >= self.BY_ADDRESS or names.count(name) >= self.BY_NAME:
+                return False
+            self._tries.append((now, name, address))
+            return True
 
-    def failed(self, name: str, address: str) -> None:
-        """Remember a wrong password."""
-        self._failures.append((self.clock(), name[:80], address))
+    def right(self, name: str, address: str) -> None:
+        """Take back the last try of that name: its password was right."""
+        with self._one_at_a_time:
+            last = next((one for one in reversed(self._tries) if one[1:] == (name[:80], address)), None)
+            if last:
+                self._tries.remove(last)

@@ -125,16 +125,36 @@ def test_wrong_passwords_are_limited(browser: Browser, store: Store) -> None:
     assert log_in(kim, "sam", "wrong").status_code == 401  # another name
 
 
+def test_right_passwords_do_not_count(browser: Browser, store: Store) -> None:
+    kim = browser("kim")  # logged in once
+    for _ in range(2):
+        kim.cookies.clear()
+        assert [log_in(kim, "kim", "wrong").status_code for _ in range(2)] == [401] * 2
+        for _ in range(6):
+            kim.cookies.clear()
+            assert log_in(kim, "kim", PASSWORD).status_code == 303
+    kim.cookies.clear()
+    assert [log_in(kim, "kim", "wrong").status_code for _ in range(2)] == [401, 429]
+
+
+def test_many_wrong_passwords_at_once_are_no_more_tries_than_in_a_row(browser: Browser, store: Store) -> None:
+    add_user(store, "kim", PASSWORD, admin=False)
+    stranger = browser()
+    form = {"name": "kim", "password": "wrong", "csrf": stranger.token()}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: stranger.post("/login", data=form).status_code, range(8)))
+    assert sorted(answers) == [401] * 5 + [429] * 3
+
+
 def test_the_limit_counts_by_address_too_and_passes() -> None:
     time = [0.0]
     limit = LoginLimit(clock=lambda: time[0])
     for number in range(20):
-        assert not limit.blocked(f"name {number}", "192.0.2.7")
-        limit.failed(f"name {number}", "192.0.2.7")
-    assert limit.blocked("fresh", "192.0.2.7")
-    assert not limit.blocked("fresh", "192.0.2.8")
+        assert limit.admits(f"name {number}", "192.0.2.7")
+    assert not limit.admits("fresh", "192.0.2.7")
+    assert limit.admits("fresh", "192.0.2.8")
     time[0] = 301.0
-    assert not limit.blocked("fresh", "192.0.2.7")
+    assert limit.admits("fresh", "192.0.2.7")
 
 
 def test_passwords_are_salted_hashes(store: Store) -> None:
@@ -283,6 +303,7 @@ def test_scripts_in_whatever_was_written_stay_text(browser: Browser, store: Stor
         text = kim.get(path).text
         assert "<script>" not in text
         assert "<img" not in text
+        assert text.count("</textarea>") == text.count("<textarea")
     assert "&lt;script&gt;" in kim.get("/results").text
 
 
