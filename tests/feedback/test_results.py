@@ -201,14 +201,44 @@ def test_every_pair_of_people_is_on_the_page_those_beyond_the_first_thirty_folde
 
 
 def test_who_goes_by_side_or_by_length_is_seen(browser: Browser, store: Store, items: None) -> None:
-    judge_all(browser("kim"), "rank", "A cherry", "kim")  # A banana. and A cherry. are as long, Red. is shorter
     sam = browser("sam")
     for number in range(6):
         sam.judge(client_id=f"client-s{number}", ranks=[1, 2, 3])
     with store.session() as session:
         of = {habit.who: habit for habit in habits(session, "rank")}
     assert of["sam"].left == wilson(6, 6)  # always the first on the page
-    assert of["kim"].longer.mean == 1 or of["kim"].longer is None
+
+
+def test_how_often_the_longest_of_a_ranking_comes_before_the_shortest(
+    browser: Browser, store: Store, items: None
+) -> None:
+    kim = browser("kim")
+    for number, (cherry, red) in enumerate([(1, 2), (1, 3), (3, 2), (1, 3), (2, 2), (2, 3)]):
+        places = {"A cherry.": cherry, "Red.": red, "A banana.": 1}  # the two fruits are as long: the first one counts
+        assert kim.judge(client_id=f"client-{number}", ranks=[places[text] for text in kim.responses()]).is_success
+    with store.session() as session:
+        [everyone, _] = habits(session, "rank")
+    assert everyone.longer == wilson(4, 5)
+
+
+def test_how_often_the_longer_of_two_wins_and_how_long_it_takes(browser: Browser, store: Store, items: None) -> None:
+    with store.session() as session:
+        for number, item in enumerate(session.scalars(select(Item).where(Item.kind == "compare"))):
+            item.responses = ["Same.", "Equal"] if number == 5 else ["Short.", "A longer one."][:: (-1) ** number]
+    kim = browser("kim")
+    takes_longer = iter([True, True, False, None, True])
+    for number, seconds in enumerate([1, 8, 2, 30, 4, 3]):
+        first, second = map(len, kim.responses("compare"))
+        longer = next(takes_longer) if first != second else True
+        ranks = [1, 1] if longer is None else [1, 2] if (first > second) == longer else [2, 1]
+        assert kim.judge("compare", client_id=f"client-{number}", ranks=ranks, seconds=seconds).is_success
+    sam = browser("sam")
+    sam.judge("compare", client_id="client-s", verdict="skipped", ranks=None, seconds=500)
+    with store.session() as session:
+        of = {habit.who: habit for habit in habits(session, "compare")}
+    assert of["kim"].longer == wilson(3, 4)  # neither the tie nor two of one length
+    assert of["kim"].seconds == 3.5  # between 3 and 4
+    assert (of["all"].seconds, of["sam"].seconds) == (3.5, None)  # what was skipped took no judging
 
 
 def test_the_live_part_changes_when_somebody_judges_or_takes_back(browser: Browser, items: None) -> None:
