@@ -36,6 +36,8 @@ test-online: $(VENV)/.installed ## online rounds by a rule, a person, a schedule
 test-browser: $(VENV)/.installed ## the feedback pages in Chromium, and twenty people at once; SQLite and PostgreSQL
 	@for tool in chromium chromedriver; do command -v $$tool >/dev/null || { \
 	  echo "Found no $$tool. On Debian: apt-get install chromium chromium-driver" >&2; exit 1; }; done
+	@$(BIN)/python -c 'import sys; sys.path.insert(0, "scripts"); import feedback_load; \
+	  sys.exit(feedback_load.missing_for_postgres() or None)'
 	@$(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.installed ## what pre-commit checks

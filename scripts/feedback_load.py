@@ -6,6 +6,7 @@ browser does. At the end the database is counted: what was answered for has to b
 """
 
 import argparse
+import importlib
 import json
 import os
 import pwd
@@ -94,11 +95,23 @@ def postgres_programs() -> Path | None:
     return next((folder for folder in folders if (folder / "initdb").is_file()), None)
 
 
+def missing_for_postgres() -> str:
+    """What is not installed that a cluster needs, and how to get it; empty where all is there."""
+    if postgres_programs() is None:
+        return "Found no initdb. On Debian: `apt-get install postgresql`"
+    try:
+        importlib.import_module("psycopg")
+    except ImportError:  # of its library too
+        return "Found no psycopg: `pip install 'rlhf-pipeline[postgres]'`"
+    return ""
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
     """The URL of a database in a cluster of its own, below /tmp and reached by a socket in it."""
     programs = postgres_programs()
-    assert programs, "PostgreSQL is not installed"
+    if (missing := missing_for_postgres()) or programs is None:
+        raise RuntimeError(missing)
     root = os.geteuid() == 0
     user = "postgres" if root else pwd.getpwuid(os.getuid()).pw_name  # it refuses to run as root
     as_user = {"user": user, "group": user, "extra_groups": []} if root else {}
