@@ -9,7 +9,8 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from people import PASSWORD, RANKINGS, SECRET, Person, log_in
-from sqlalchemy import select
+from sqlalchemy import create_engine, select, text
+from test_store import open_at_once
 
 from rlhf_core.feedback import exchange
 from rlhf_core.feedback.accounts import add_user
@@ -66,6 +67,17 @@ def test_the_pages_work_on_postgresql(postgres: str, tmp_path: Path) -> None:
         for table in reversed(Base.metadata.sorted_tables):  # the tests below start from nothing
             session.execute(table.delete())
     store.close()
+
+
+@pytest.mark.slow
+def test_processes_that_open_a_new_postgresql_database_at_once_make_it_once(postgres: str) -> None:
+    engine = create_engine(postgres, isolation_level="AUTOCOMMIT")
+    names = [f"new{number}" for number in range(3)]
+    with engine.connect() as connection:
+        for name in names:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    open_at_once([postgres.replace("/postgres?", f"/{name}?") for name in names])
 
 
 def test_what_postgresql_lacks_is_named_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
