@@ -59,6 +59,12 @@ class Site:
             exchange.add_items(session, found, **options)
         store.close()
 
+    def add_people(self, *names: str) -> None:
+        store = open_store(self.database)
+        for name in names:
+            add_user(store, name, PASSWORD, admin=True)
+        store.close()
+
     def judgements(self) -> list[Judgement]:
         store: Store = open_store(self.database)
         with store.session() as session:
@@ -99,6 +105,19 @@ class Hands:
     def shown(self) -> str:
         return self.driver.execute_script("return document.getElementById('judge')?.dataset.item ?? null")
 
+    def close_and_open_another(self) -> None:
+        """Close the window; another one is open, on no page."""
+        old = self.driver.current_window_handle
+        self.driver.switch_to.new_window("window")
+        new = self.driver.current_window_handle
+        self.driver.switch_to.window(old)
+        self.driver.close()
+        self.driver.switch_to.window(new)
+
+    def log_in(self, name: str) -> None:
+        self.open("/login")
+        self.press_and_go_on(name, Keys.TAB, PASSWORD, Keys.ENTER)
+
     def until(self, check: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -137,14 +156,12 @@ def hands(site: Site) -> Iterator[Hands]:
 def test_a_person_judges_by_keys_alone_while_the_server_is_killed(site: Site, hands: Hands) -> None:
     site.add(RANKINGS)
     site.add(ANSWERS)
-    store = open_store(site.database)
-    add_user(store, "kim", PASSWORD, admin=True)
-    store.close()
+    site.add_people("kim")
     site.start()
 
     hands.open("/rank")
     assert hands.find("h1").text == "Log in"
-    hands.press_and_go_on("kim", Keys.TAB, PASSWORD, Keys.ENTER)
+    hands.log_in("kim")
     hands.open("/rank")
 
     for number in range(4):
@@ -158,10 +175,12 @@ def test_a_person_judges_by_keys_alone_while_the_server_is_killed(site: Site, ha
     time.sleep(SETTLED)
     hands.press("2", "1", "3", "4", Keys.ENTER)
     hands.until(lambda: "waits on this device" in hands.find("#notice").text, "the page to say that it waits")
-    hands.driver.execute_script("window.old = true")
+    hands.close_and_open_another()
     site.start()
-    hands.until(lambda: hands.driver.execute_script("return !window.old"), "the judgement to be sent")
+    assert len(site.judgements()) == 4
+    hands.open("/rank")  # it waited in the browser, and not in the page
     hands.until(lambda: len(site.judgements()) == 5, "the fifth judgement")
+    hands.until(lambda: "yours 5" in hands.find(".progress").text, "the page after it")
 
     hands.press_and_go_on("u")  # undo: it comes back as it was answered
     assert hands.find("#said").get_property("textContent") == "2, then 1, then 3, then 4"
@@ -189,6 +208,49 @@ def test_a_person_judges_by_keys_alone_while_the_server_is_killed(site: Site, ha
     assert len({one.item_id for one in live}) == len(live) == 20
     assert [one.verdict for one in live].count("none") == 2
     assert [one.comment for one in live if one.comment] == ["all the same"]
+
+
+# As if the connection were cut behind a judgement: the server gets it, and its answer never arrives.
+CUT = """
+const whole = window.fetch;
+window.fetch = async (...asked) => {
+  await whole(...asked);
+  window.fetch = whole;
+  throw new TypeError("cut");
+};
+"""
+
+
+def test_a_judgement_whose_answer_is_lost_is_sent_again_and_stored_once(site: Site, hands: Hands) -> None:
+    site.add(ANSWERS)
+    site.start()
+    hands.open("/compare")
+    time.sleep(SETTLED)
+    hands.driver.execute_script(CUT)
+    hands.press("1")
+    hands.until(lambda: "waits on this device" in hands.find("#notice").text, "the page to say that it waits")
+    assert len(site.judgements()) == 1  # it is stored, which the page does not know
+    hands.until(lambda: "yours 1" in hands.find(".progress").text, "the page after it")
+    time.sleep(SETTLED)
+    hands.press_and_go_on("2")
+    assert len(site.judgements()) == 2
+
+
+def test_the_guideline_and_skip_have_keys(site: Site, hands: Hands) -> None:
+    site.add(RANKINGS[:2])
+    site.add(ANSWERS[:1] + ANSWERS[10:11])
+    site.add([{"prompt": "What is a key?"}], kind="write")
+    site.start()
+    for kind in ("rank", "compare", "write"):
+        hands.open(f"/{kind}")
+        hands.press(*([Keys.ESCAPE] if kind == "write" else []))  # out of the text
+        for key in ("?", "g", "G"):
+            hands.press(key)
+            assert hands.find("#guideline").get_property("open")
+            hands.press("s", "1", "u", Keys.ESCAPE)  # while it is read nothing else is done
+            assert not hands.find("#guideline").get_property("open")
+        hands.press_and_go_on("s" if kind == "rank" else "S")
+    assert [one.verdict for one in site.judgements()] == ["skipped"] * 3
 
 
 def test_a_double_click_and_a_key_held_twice_answer_one_item(site: Site, hands: Hands) -> None:
