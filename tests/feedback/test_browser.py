@@ -325,6 +325,19 @@ def test_what_is_written_survives_a_closed_page_and_is_sent_by_keys(site: Site, 
     assert hands.find("#written").get_property("value") == "A lock."
 
 
+def test_an_unfinished_text_is_its_writers_alone(site: Site, hands: Hands) -> None:
+    site.add([{"prompt": "What is a key?", "response": "A lok."}], kind="write", overlap=2)
+    site.add_people("kim", "sam")
+    site.start()
+    for name, expected in (("kim", "A lok."), ("sam", "A lok."), ("kim", "A lok. By kim.")):
+        hands.log_in(name)
+        hands.open("/write")
+        assert hands.find("#written").get_property("value") == expected
+        hands.press(f" By {name}.")
+        hands.find(".who button").click()
+        hands.until(lambda: hands.find("h1").text == "Log in", "the login page")
+
+
 def test_results_move_while_people_judge(site: Site, hands: Hands) -> None:
     site.add(ANSWERS)
     site.start()

@@ -8,7 +8,7 @@ const written = document.getElementById("written");
 const guideline = document.getElementById("guideline");
 const cards = kind === "write" ? [] : [...document.querySelectorAll(".response")];
 const scales = [...document.querySelectorAll(".scores fieldset")]; // one for each response and axis
-const draft = `rlhf-feedback-draft-${page.dataset.item}`; // what is being written, until it is sent
+const draft = `rlhf-feedback-draft-${annotator}-${page.dataset.item}`; // what this person is writing, until it is sent
 const box = `rlhf-feedback-${annotator}`;
 const RETRY = 3000; // milliseconds
 const SETTLE = 350; // milliseconds in which a page takes no answer: the second half of a double click is none
