@@ -132,7 +132,9 @@ def create_app(
     environment.globals["csrf"] = csrf_token
     environment.filters["markdown"] = as_html
     app = FastAPI(title="rlhf feedback", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_at_once)
-    app.state.desk = Desk(store, as_html(guideline), version, Jinja2Templates(env=environment), a_day, artifacts)
+    app.state.desk = Desk(
+        store, as_html(guideline, breaks=False), version, Jinja2Templates(env=environment), a_day, artifacts
+    )
     app.mount("/static", StaticFiles(directory=FOLDER / "static"))
     app.include_router(pages.router)
     app.include_router(admin.router)

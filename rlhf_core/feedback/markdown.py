@@ -17,16 +17,20 @@ from markupsafe import Markup
 LONGEST = 50_000  # characters; what is longer is shown as it is, since no one reads it and drawing it takes seconds
 
 
-def as_html(text: str) -> Markup:
-    """The text as HTML, safe to put into a page. A line break stays one, as a chat shows it."""
+def as_html(text: str, *, breaks: bool = True) -> Markup:
+    """The text as HTML, safe to put into a page.
+
+    Args:
+        breaks: a line break stays one, as a chat shows it; or is a space, as in a file whose lines are kept short.
+    """
     if len(text) > LONGEST:
         return Markup('<p class="plain">{}</p>').format(text)
-    return _drawn(text)
+    return _drawn(text, breaks)
 
 
 @lru_cache(maxsize=1024)  # several people see an item, and one of them more than once; 50 MB at the very most
-def _drawn(text: str) -> Markup:
-    return Markup(_MARKDOWN.render(text))
+def _drawn(text: str, breaks: bool) -> Markup:
+    return Markup(_MARKDOWN[breaks].render(text))
 
 
 def _allowed(url: str) -> bool:
@@ -42,6 +46,11 @@ def _open_link(
     return renderer.renderToken(tokens, index, options, environment)
 
 
-_MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table").disable("image")
-_MARKDOWN.validateLink = _allowed  # type: ignore[method-assign]
-_MARKDOWN.add_render_rule("link_open", _open_link)
+def _markdown(breaks: bool) -> MarkdownIt:
+    markdown = MarkdownIt("commonmark", {"html": False, "breaks": breaks}).enable("table").disable("image")
+    markdown.validateLink = _allowed  # type: ignore[method-assign]
+    markdown.add_render_rule("link_open", _open_link)
+    return markdown
+
+
+_MARKDOWN = {breaks: _markdown(breaks) for breaks in (False, True)}

@@ -307,6 +307,12 @@ def test_scripts_in_whatever_was_written_stay_text(browser: Browser, store: Stor
     assert "&lt;script&gt;" in kim.get("/results").text
 
 
+def test_a_guidelines_sentences_do_not_break_where_its_files_lines_do(browser: Browser, store: Store) -> None:
+    assert "<br" not in browser().get("/").text.partition('class="guideline"')[2]
+    app = create_app(store, secret=SECRET, guideline="One\nsentence.")
+    assert "<p>One\nsentence.</p>" in Person(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1)).get("/").text
+
+
 def test_tags_in_a_guideline_stay_text(store: Store) -> None:
     app = create_app(store, secret=SECRET, guideline=f"# Mine\n\n{SCRIPT}\n\n[x](javascript:alert(1))")
     page = Person(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000)).get("/").text
