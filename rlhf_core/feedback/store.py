@@ -26,6 +26,7 @@ from rlhf_core.errors import ConfigError, ResourceError
 MIGRATIONS = Path(__file__).parent / "migrations"
 LOCK = 0x726C6866  # PostgreSQL's advisory lock of this application: any number that others do not use
 ADVISORY_LOCK, BEGIN = text(f"SELECT pg_advisory_xact_lock({LOCK})"), text("BEGIN IMMEDIATE")
+IN_HASTE = text("SELECT set_config('synchronous_commit', 'off', true)")  # of PostgreSQL, until the session ends
 QUEUED = "queued"  # in a session that holds its place among those who write
 CONNECTIONS = 8  # kept open, and used at once: as many requests as are worked on at once
 
@@ -156,9 +157,14 @@ class Store:
             session.execute(BEGIN)
 
     def lock(self, session: Session) -> None:
-        """Until this session ends, others that ask for the lock wait: who looks and then writes is not outrun."""
+        """Until this session ends, others that ask for the lock wait: who looks and then takes a place is not outrun.
+
+        PostgreSQL does not wait for the disk when such a session ends, or all others would. What a crash of its machine
+        may lose within a second is a place taken, never a judgement: those are stored by sessions without the lock.
+        """
         self.queue(session)
         if self.engine.dialect.name != "sqlite":
+            session.execute(IN_HASTE)
             session.execute(ADVISORY_LOCK)
 
     def has_login(self) -> bool:

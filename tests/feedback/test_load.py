@@ -9,7 +9,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from people import PASSWORD, RANKINGS, SECRET, Person, log_in
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import Connection, create_engine, event, select, text
 from test_store import open_at_once
 
 from rlhf_core.feedback import exchange
@@ -65,6 +65,36 @@ def test_the_pages_work_on_postgresql(postgres: str, tmp_path: Path) -> None:
     with store.session() as session:
         assert {one.comment for one in session.scalars(select(Judgement))} == {"half a ? and a"}
         for table in reversed(Base.metadata.sorted_tables):  # the tests below start from nothing
+            session.execute(table.delete())
+    store.close()
+
+
+@pytest.mark.slow
+def test_a_judgement_waits_for_postgresqls_disk_and_taking_a_place_does_not(postgres: str) -> None:
+    store = open_store(postgres)
+    with store.session() as session:
+        exchange.add_items(
+            session, exchange.find_items("rows", [(1, RANKINGS[0])], kind=None, policies=("", ""), how="")
+        )
+    local = Person(create_app(store, secret=SECRET), base_url="http://127.0.0.1", client=("127.0.0.1", 50000))
+    token = local.token()
+    waits: list[str] = []
+
+    def look(connection: Connection) -> None:
+        waits.append(connection.exec_driver_sql("SHOW synchronous_commit").scalar_one())
+
+    event.listen(store.engine, "commit", look)
+    item = local.item()
+    assert waits.count("off") == 1
+    waits.clear()
+    body = {"client_id": "client-1", "item": item, "verdict": "ranked", "ranks": [1, 2, 3], "seconds": 1}
+    for path in ("/judgements", "/judgements/{}/undo"):
+        with store.session() as session:
+            judgement = session.scalar(select(Judgement.id))
+        assert local.post(path.format(judgement), json=body, headers={"X-CSRF-Token": token}).status_code == 200
+    assert set(waits) == {"on"}
+    with store.session() as session:
+        for table in reversed(Base.metadata.sorted_tables):
             session.execute(table.delete())
     store.close()
 
