@@ -5,6 +5,7 @@ phone; two of them dark.
 """
 
 import random
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from feedback_load import PROJECT, served
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 from rlhf_core.feedback import exchange
+from rlhf_core.feedback.accounts import add_user
 from rlhf_core.feedback.gold import toggle
 from rlhf_core.feedback.judging import Kind, Submission, keep_guideline, show_next, submit
 from rlhf_core.feedback.store import Annotator, Store, open_store
@@ -24,6 +27,7 @@ IMAGES = PROJECT / "docs" / "images"
 INSTALL = "On Debian: `apt-get install chromium chromium-driver`"
 DESKTOP, PHONE = (1160, 860), (390, 844)
 PEOPLE = ("local", "kim", "sam", "lee")  # the first is the one at the machine, who needs no login
+KEYS = {"rank": "31=24", "guideline": "?"}  # pressed before the picture is taken
 PROMPTS = {
     "explain": [
         "Why is the sky blue?",
@@ -131,18 +135,20 @@ def picture(driver: webdriver.Chrome, name: str, *, whole: bool = False) -> None
     if whole:
         height = driver.execute_script("return document.documentElement.scrollHeight")
         width = driver.execute_script("return innerWidth")
-        metrics = {"width": width, "height": min(height, 2400), "deviceScaleFactor": 1, "mobile": width == PHONE[0]}
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width == PHONE[0]}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    driver.save_screenshot(str(IMAGES / f"feedback-{name}.png"))
+    file = IMAGES / f"feedback-{name}.png"
+    driver.save_screenshot(str(file))
+    Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)  # a third as large, and looks the same
 
 
 def take(port: int, size: tuple[int, int], ending: str, *, dark: bool, pages: tuple[str, ...]) -> None:
     """One picture a page."""
     for page in pages:
         with browser(size, dark=dark) as driver:
-            driver.get(f"http://127.0.0.1:{port}/{page}")
-            if page == "rank":
-                driver.switch_to.active_element.send_keys("31=24")
+            driver.get(f"http://127.0.0.1:{port}/{'rank' if page == 'guideline' else page}")
+            if page in KEYS:
+                driver.switch_to.active_element.send_keys(KEYS[page])
             picture(driver, f"{page or 'start'}{ending}", whole=page in ("results", "admin"))
 
 
@@ -157,10 +163,16 @@ def main() -> None:
             (folder / "artifacts" / artifact).parent.mkdir(parents=True)
             (folder / "artifacts" / artifact).touch()
         with served(folder, "--database", str(folder / "feedback.db"), "--daily", "30") as port:
-            pages = ("", "rank", "compare", "write", "results", "admin")
+            pages = ("", "rank", "compare", "write", "results", "admin", "guideline")
             take(port, DESKTOP, "", dark=False, pages=pages)
             take(port, PHONE, "-phone", dark=False, pages=pages)
             take(port, DESKTOP, "-dark", dark=True, pages=("rank", "results"))
+        store = open_store(folder / "feedback.db")
+        add_user(store, "ada", secrets.token_hex(8), admin=True)  # with the first account there is a login page
+        store.close()
+        with served(folder, "--database", str(folder / "feedback.db")) as port:
+            take(port, DESKTOP, "", dark=False, pages=("login",))
+            take(port, PHONE, "-phone", dark=False, pages=("login",))
 
 
 if __name__ == "__main__":
