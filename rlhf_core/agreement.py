@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 from rlhf_core.statistics import Interval
 
@@ -91,11 +92,13 @@ def krippendorff_alpha(
         o_ck = Σ_u (ordered pairs of ratings c, k of item u) / (m_u − 1)        n_c = Σ_k o_ck        n = Σ_c n_c
 
     δ² is [c ≠ k] nominal, (Σ_{g=c…k} n_g − (n_c + n_k)/2)² ordinal, (c − k)² interval. m_u is the number of ratings of
-    item u; an item with fewer than two says nothing and is left out. The interval is a percentile bootstrap over items:
-    all ratings of an item are drawn together. Resamples in which all ratings are equal have no α and are left out.
-    With fewer than about 30 items it is too narrow.
+    item u; an item with fewer than two says nothing and is left out. The interval is a bootstrap over items: all its
+    ratings are drawn together. The percentiles lie further out than (1 ± level)/2, at Φ(±√(I/(I − 1)) · t_{I−1}), as
+    resamples of few items spread too little. Resamples in which all ratings are equal have no α and are left out. With
+    fewer than 50 items it is too narrow all the same (docs/agreement.md).
     Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", sections A to D,
-    https://repository.upenn.edu/asc_papers/43
+    https://repository.upenn.edu/asc_papers/43; Hesterberg 2015 for the percentiles,
+    https://doi.org/10.1080/00031305.2015.1089789
 
     Args:
         ratings_AI: (A, I) any finite numbers, NaN where annotator a did not rate item i.
@@ -135,7 +138,7 @@ def krippendorff_alpha(
     alphas = alphas[np.isfinite(alphas)]
     if not len(alphas):
         return Interval(alpha, float("nan"), float("nan"))
-    low, high = np.quantile(alphas, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(alphas, _expanded(items, level))
     return Interval(alpha, float(low), float(high))
 
 
@@ -434,6 +437,14 @@ def _shares(
         own = counts & np.array([one == annotator for one in annotators])
         found[annotator] = Bias(wilson(int((hit & own).sum()), int(own.sum()), level=level), int(own.sum()))
     return found
+
+
+def _expanded(number: int, level: float) -> tuple[float, float]:
+    """Percentiles of a bootstrap over so many, for an interval as wide as Student's."""
+    if number < 2:
+        return 0.0, 1.0
+    outer = NormalDist().cdf(float(np.sqrt(number / (number - 1)) * stdtrit(number - 1, (1 + level) / 2)))
+    return 1 - outer, outer
 
 
 def _matrix(ratings_AI: ArrayLike) -> Array:

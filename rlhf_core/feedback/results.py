@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
-from math import isfinite
+from math import isfinite, nan
 from statistics import median
 from typing import Any, NamedTuple, get_args
 
@@ -17,6 +17,7 @@ from rlhf_core.statistics import Interval
 
 WIDTH = 0.15  # of the sequential interval at which there is enough though no side is ahead; some 450 prompts
 PAIRS_SHOWN = 30  # of annotators, those that agree least; the page folds the others away
+ALPHA_ITEMS = 50  # judged by two people or more; with fewer, α's interval holds the truth too seldom to be shown
 Rated = tuple[Hashable, Hashable, float]  # annotator, what was rated, rating
 
 
@@ -68,7 +69,10 @@ class Agreed(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How far people agree on a kind of item; no α where nothing was judged twice, or all said the same."""
+    """How far people agree on a kind of item; no α where nothing was judged twice, or all said the same.
+
+    α's interval is NaN with fewer than `ALPHA_ITEMS` items.
+    """
 
     alpha: Interval | None
     pairs: list[Agreed]
@@ -230,11 +234,13 @@ def agreement(session: Session, kind: Kind) -> Agreement:
         return Agreement(None, [], [])
     by_choice = table(choices)
     rated = table(ratings) if kind == "rank" else by_choice
-    twice = any(number > 1 for number in Counter(one.item_id for one in judged).values())
+    twice = sum(number > 1 for number in Counter(one.item_id for one in judged).values())
     alpha = None
     if twice:
         clusters = [str(what).partition(",")[0] for what in rated.items]  # the item that a response belongs to
         alpha = krippendorff_alpha(rated.ratings_AI, metric="ordinal", clusters=clusters)
+        if twice < ALPHA_ITEMS:
+            alpha = Interval(alpha.mean, nan, nan)
     pairs = [
         Agreed(str(by_choice.annotators[a]), str(by_choice.annotators[b]), n, share, kappa if isfinite(kappa) else None)
         for a, b, n, share, kappa in pairwise_agreement(by_choice.ratings_AI)

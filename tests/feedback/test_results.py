@@ -11,7 +11,7 @@ from sqlalchemy import select
 from rlhf_core.agreement import judged_so_far, wilson
 from rlhf_core.feedback import exchange
 from rlhf_core.feedback.results import agreement, comparisons, habits
-from rlhf_core.feedback.store import Item, Judgement, Store
+from rlhf_core.feedback.store import Guideline, Item, Judgement, Store
 from rlhf_core.statistics import length_controlled_win_rate
 
 Browser = Callable[..., Person]
@@ -179,6 +179,35 @@ def test_agreement_of_rankings_goes_by_ranks_and_by_pairs(browser: Browser, stor
         assert agreement(session, "compare") == (None, [], [])
     assert found.alpha.mean == 1
     assert [(pair.judged, pair.share) for pair in found.pairs] == [(18, 1)]
+
+
+@pytest.mark.parametrize(("number", "interval"), [(49, False), (50, True)])
+def test_alpha_has_an_interval_once_fifty_items_were_judged_by_two(
+    browser: Browser, store: Store, number: int, interval: bool
+) -> None:
+    people = [browser("kim", admin=True), browser("sam")]
+    rows = [(n, {"prompt": f"Q{n}?", "responses": ["a", "b"]}) for n in range(number + 1)]
+    with store.session() as session:
+        exchange.add_items(
+            session, exchange.find_items("rows", rows, kind="rank", policies=("", ""), how=""), overlap=2
+        )
+        [guideline] = session.scalars(select(Guideline.version))
+        for item in session.scalars(select(Item)):
+            for who in (1, 2) if item.id <= number else (1,):  # the last one by one of them
+                better = item.id % (who + 1) > 0
+                session.add(
+                    Judgement(
+                        client_id=f"client-{item.id}-{who}", annotator_id=who, item_id=item.id, verdict="ranked",
+                        ranks=[1, 2] if better else [2, 1], presented=[0, 1], seconds=1, guideline=guideline,
+                    )
+                )  # fmt: skip
+        session.flush()
+        alpha = agreement(session, "rank").alpha
+    assert -1 < alpha.mean < 1
+    assert (alpha.low < alpha.mean < alpha.high) == interval
+    page = people[0].get("/results").text
+    assert "Krippendorff’s α is" in page
+    assert ("95 % interval" in page.partition("Krippendorff’s α is")[2].partition("</p>")[0]) == interval
 
 
 def test_every_pair_of_people_is_on_the_page_those_beyond_the_first_thirty_folded(
