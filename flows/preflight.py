@@ -20,7 +20,7 @@ def problems(folder=".", install=False, python=None, disk=None, memory=None):
 
     Args:
         folder: where the project lies; its disk is looked at.
-        install: also what the installation needs.
+        install: what the installation needs. Memory is left to `rlhf run`: the tiny recipe and the tests need little.
         python, disk, memory: the version, the free bytes and the free bytes to judge; this machine's if None.
     """
     python = tuple(python or sys.version_info)[:2]
@@ -34,12 +34,9 @@ def problems(folder=".", install=False, python=None, disk=None, memory=None):
             "make PYTHON=/path/to/python3.11".format(*(python + PYTHON))
         )
     if disk < need * GIB:
-        found.append(
-            "Found {:.1f} GiB of free disk, expected {} GiB. Free some; `make clean` and `dvc gc -w` help.".format(
-                disk / GIB, need
-            )
-        )
-    if memory is not None and memory < MEMORY_GIB * GIB:
+        hint = "" if install else "; `make clean` and `dvc gc -w` help"  # DVC is not there yet
+        found.append("Found {:.1f} GiB of free disk, expected {} GiB. Free some{}.".format(disk / GIB, need, hint))
+    if not install and memory is not None and memory < MEMORY_GIB * GIB:
         found.append(
             "Found {:.1f} GiB of free memory, expected {} GiB. Close other programs, or run the tiny recipe: "
             "make tiny".format(memory / GIB, MEMORY_GIB)
