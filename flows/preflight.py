@@ -4,6 +4,7 @@ The Makefile runs this file with whatever Python it finds, before anything is in
 no syntax that an old Python could not read.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -44,22 +45,39 @@ def problems(folder=".", install=False, python=None, disk=None, memory=None):
     return found
 
 
-def available_memory():
+# Control groups of version 2, and of version 1: the folder, the limit, what counts as used, and the prefix of the lines
+# of memory.stat that count whatever lies below, too.
+CGROUPS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+
+
+def available_memory(root="/"):
     """Free bytes, or None where the system does not say. A container's limit counts too."""
     known = []
     try:
-        with open("/proc/meminfo") as file:
+        with open(os.path.join(root, "proc/meminfo")) as file:
             known += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")]
     except OSError:
         pass
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            known.append(int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # not on Linux, or no limit ("max")
-        pass
+    for folder, limit, used, prefix in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # not on Linux, or no limit ("max")
+            known.append(_left(os.path.join(root, folder), limit, used, prefix))
     if not known and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(known) if known else None
+
+
+def _left(folder, limit, used, prefix):
+    """What a control group may still take. Files that are cached count as used, and make way for whoever needs room."""
+    with open(os.path.join(folder, limit)) as file:
+        most = int(file.read())
+    with open(os.path.join(folder, used)) as file:
+        taken = int(file.read())
+    with open(os.path.join(folder, "memory.stat")) as file:
+        counts = dict(line.split() for line in file)
+    return most - taken + sum(int(counts.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,42 @@ def test_preflight_names_what_is_missing() -> None:
     assert small.startswith("Found 2.0 GiB of free memory, expected 6 GiB.")
 
 
+@pytest.mark.parametrize(
+    ("meminfo", "files", "free"),
+    [
+        (16, {}, 16),
+        (16, {"memory.max": "max", "memory.current": 9 * GIB, "memory.stat": "anon 0"}, 16),
+        # of 8, 7 are in use; 4 of those are files that were read once
+        (
+            16,
+            {"memory.max": 8 * GIB, "memory.current": 7 * GIB,
+             "memory.stat": f"anon {3 * GIB}\ninactive_file {3 * GIB}\nactive_file {GIB}\nfile_mapped {GIB}"},
+            5,
+        ),
+        (
+            16,
+            {"memory/memory.limit_in_bytes": 8 * GIB, "memory/memory.usage_in_bytes": 7 * GIB,
+             "memory/memory.stat": f"active_file {GIB}\ntotal_inactive_file {GIB}\ntotal_active_file {GIB}"},
+            3,
+        ),
+        (16, {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 7 * GIB,
+              "memory/memory.stat": "rss 0"}, 16),
+        (4, {"memory.max": 8 * GIB, "memory.current": GIB, "memory.stat": "anon 0"}, 4),
+    ],
+    ids=["no group", "no limit", "version 2", "version 1", "version 1, no limit", "a full machine"],
+)  # fmt: skip
+def test_free_memory_is_what_a_container_has_left_without_cached_files(
+    tmp_path: Path, meminfo: int, files: dict[str, object], free: int
+) -> None:
+    files = {"proc/meminfo": f"MemTotal: 99 kB\nMemAvailable: {meminfo * GIB // 1024} kB\n"} | {
+        f"sys/fs/cgroup/{name}": content for name, content in files.items()
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    assert preflight.available_memory(str(tmp_path)) == free * GIB
+
+
 def test_preflight_needs_nothing_but_python() -> None:
     done = subprocess.run([sys.executable, "-S", "-I", "flows/preflight.py", "--install"], cwd=PROJECT, text=True)
     assert done.returncode in (0, 1)
