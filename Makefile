@@ -93,7 +93,7 @@ clean: ## remove caches and the tiny workspace; data, artifacts and run history 
 
 preflight:
 	@test -n "$(PYTHON)" || { echo "Found no Python, expected 3.11 or newer. Install python3.11 and its venv module." >&2; exit 1; }
-	@test -e $(VENV)/.installed || $(PYTHON) flows/preflight.py --install
+	@test -e $(VENV)/.installed || $(PYTHON) tasks/preflight.py --install
 
 # The stamp is newer than what decides the environment, or the environment is brought up to date.
 $(VENV)/.installed: pyproject.toml constraints.txt | preflight

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from flows import preflight
 from rlhf_core.errors import MissingArtifact, ResourceError
+from tasks import preflight
 from tasks.pipeline import find_root
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -105,7 +105,7 @@ def run(
     - `rlhf online run more -R "reward.weights={human: 3}"` begins one with other values in its rounds alone
     """
     project = find_root()
-    if not recipe and (missing := preflight.problems(str(project))):
+    if missing := preflight.problems(str(project), light=bool(recipe)):
         raise ResourceError("\n".join(missing))
     from flows.server import use_server
 

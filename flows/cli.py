@@ -12,9 +12,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flows import campaigns, constitutions, feedback, judge, preflight
+from flows import campaigns, constitutions, feedback, judge
 from flows.listening import require_free, warn_if_public
 from rlhf_core.errors import ResourceError, RLHFError
+from tasks import preflight
 from tasks.environment import record_folder
 from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, workspace_lock
 
@@ -88,12 +89,12 @@ def run(
     """
     _check_stage(until)
     project = find_root()
+    if missing := preflight.problems(str(project), light=bool(recipe)):
+        raise ResourceError("\n".join(missing))
     from flows.server import use_server
 
     if recipe:
         _enter_recipe(recipe, project)
-    elif missing := preflight.problems(str(project)):
-        raise ResourceError("\n".join(missing))
     use_server(project, meanwhile=_load_tools)
     from flows.rlhf import rlhf
 
@@ -113,9 +114,10 @@ def stage(
     """
     _check_stage(name)
     root = find_root()
-    from tasks.stage import forget_checkpoints
+    from tasks.stage import check_disk, forget_checkpoints
 
     with workspace_lock(root):
+        check_disk(root)
         apply_overrides(overrides or [], root=root)
         if fresh:
             forget_checkpoints()
@@ -272,7 +274,7 @@ def sweep(
     - `rlhf sweep safety --limits=-0.6` adds a point
     """
     project = find_root()
-    if not recipe and (missing := preflight.problems(str(project))):
+    if missing := preflight.problems(str(project), light=bool(recipe)):
         raise ResourceError("\n".join(missing))
     shares = _numbers("--weights", weights)
     if any(not 0 <= share <= 1 for share in shares):

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from flows import preflight
 from rlhf_core.errors import ResourceError
+from tasks import preflight
 from tasks.pipeline import find_root
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -47,7 +47,7 @@ def run(
     if until not in STAGES:
         raise typer.BadParameter(f"Found STAGE {until!r}, expected one of {', '.join(STAGES)}.")
     project = find_root()
-    if not recipe and (missing := preflight.problems(str(project))):
+    if missing := preflight.problems(str(project), light=bool(recipe)):
         raise ResourceError("\n".join(missing))
     from flows.server import use_server
 

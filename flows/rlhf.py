@@ -70,9 +70,9 @@ def rlhf(
     try:
         root = find_root()
         with workspace_lock(root):
-            # Before DVC starts a stage, and with that removes what its last run wrote.
-            apply_overrides(overrides, root=root)
+            # Before params.yaml is changed, and before DVC starts a stage and removes what its last run wrote.
             check_disk(root)
+            apply_overrides(overrides, root=root)
             if fresh:
                 forget_checkpoints()
             flow_run_id = str(flow_run.get_id())

@@ -33,6 +33,7 @@ from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFEr
 from rlhf_core.tracking import NullTracker, Tracker
 from tasks.environment import PUTS_BACK, project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
+from tasks.preflight import run_disk_gb
 from tasks.tracking import MLflowTracker, Parent
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 ENDED = "ended"  # in a folder of checkpoints: the journal of the run that ended well
 KEPT_CONFIGURATIONS = 2  # of a stage, whose checkpoints wait beside the present one's
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MIN_FREE_GB = 3.0  # a run's weights and caches; RLHF_MIN_FREE_GB overrides
 TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
 
 
@@ -402,9 +402,9 @@ def check_disk(folder: Path | None = None) -> None:
     """Refuse to begin where the disk would fill up.
 
     Raises:
-        ResourceError: less than 3 GB (RLHF_MIN_FREE_GB) are free.
+        ResourceError: less is free than tasks/preflight.py asks for.
     """
-    needed = float(os.environ.get("RLHF_MIN_FREE_GB") or MIN_FREE_GB)
+    needed = run_disk_gb()
     for place in {folder or Path.cwd(), project_root()}:
         free = shutil.disk_usage(place).free / 1e9
         if free < needed:

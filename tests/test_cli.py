@@ -6,17 +6,21 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy import PROJECT, make_toy
 from typer.testing import CliRunner
 
-from flows import cli, preflight
+from flows import cli
 from flows.listening import require_free
 from flows.recipe import make_workspace
 from rlhf_core.errors import MissingArtifact, ResourceError
+from tasks import preflight
 from tasks.pipeline import STAGES, workspace_lock
+from tasks.stage import check_disk
 
 
 def test_help_is_quick_and_loads_no_tool() -> None:
@@ -108,16 +112,19 @@ def test_sync_sends_what_recipes_campaigns_and_sweeps_missed_too(
 GIB = 1024**3
 
 
-def test_preflight_names_what_is_missing() -> None:
+def test_preflight_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RLHF_MIN_FREE_GB", raising=False)
     fine = {"python": (3, 11), "disk": 50 * GIB, "memory": 16 * GIB}
     assert preflight.problems(install=True, **fine) == []
     assert preflight.problems(install=True, **{**fine, "memory": 2 * GIB}) == []  # or nobody came to the tiny recipe
     [old] = preflight.problems(**{**fine, "python": (3, 8)})
     assert old.startswith("Found Python 3.8, expected 3.11 or newer.")
     [full] = preflight.problems(install=True, **{**fine, "disk": GIB})
-    assert full == "Found 1.0 GiB of free disk, expected 6 GiB. Free some."  # there is no DVC yet
-    [full] = preflight.problems(**{**fine, "disk": GIB})
-    assert full.endswith("Free some; `make clean` and `dvc gc -w` help.")
+    assert full == "Found 1.1 GB of free disk, expected 7 GB. Free some."  # there is no DVC yet
+    assert preflight.problems(light=True, **{**fine, "memory": 2 * GIB}) == []
+    for light in (False, True):
+        [full] = preflight.problems(light=light, **{**fine, "disk": GIB})
+        assert full == "Found 1.1 GB of free disk, expected 3 GB. Free some; `make clean` and `dvc gc -w` help."
     [small] = preflight.problems(**{**fine, "memory": 2 * GIB})
     assert small.startswith("Found 2.0 GiB of free memory, expected 6 GiB.")
 
@@ -158,8 +165,35 @@ def test_free_memory_is_what_a_container_has_left_without_cached_files(
     assert preflight.available_memory(str(tmp_path)) == free * GIB
 
 
+def test_a_run_and_its_stages_ask_for_the_same_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, wanted, enough in ((2.9, "", False), (3.1, "", True), (0.6, "0.5", True), (0.4, "0.5", False)):
+        monkeypatch.setenv("RLHF_MIN_FREE_GB", wanted)
+        bytes_free = int(free * 1e9)
+        assert (preflight.problems(disk=bytes_free, memory=16 * GIB) == []) is enough
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=bytes_free: SimpleNamespace(free=free))
+        with nullcontext() if enough else pytest.raises(ResourceError, match="GB are free"):
+            check_disk()
+
+
+@pytest.mark.parametrize("command", [["run", "-S", "ppo.kl_coef=0.1"], ["stage", "ppo", "-S", "ppo.kl_coef=0.1"]])
+def test_a_full_disk_is_told_before_anything_is_changed_or_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    toy = make_toy(tmp_path / "toy")
+    before = (toy / "params.yaml").read_bytes()
+    monkeypatch.chdir(toy)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("RLHF_MIN_FREE_GB", "1e9")
+    monkeypatch.setattr(preflight, "available_memory", lambda: 16 * GIB)
+    monkeypatch.setattr("flows.server.use_server", lambda *_, **__: pytest.fail("a server was started"))
+    found = CliRunner().invoke(cli.app, command)
+    assert isinstance(found.exception, ResourceError)
+    assert re.search(r"GB .*free.* 1e\+09 GB", str(found.exception))
+    assert (toy / "params.yaml").read_bytes() == before
+
+
 def test_preflight_needs_nothing_but_python() -> None:
-    done = subprocess.run([sys.executable, "-S", "-I", "flows/preflight.py", "--install"], cwd=PROJECT, text=True)
+    done = subprocess.run([sys.executable, "-S", "-I", "tasks/preflight.py", "--install"], cwd=PROJECT, text=True)
     assert done.returncode in (0, 1)
 
 

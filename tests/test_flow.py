@@ -194,6 +194,19 @@ def test_the_flows_order_is_dvcs_graph() -> None:
         written |= outs
 
 
+def test_a_run_that_the_disk_refuses_leaves_params_as_they_are(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.rlhf import rlhf as flow
+
+    before = (toy / "params.yaml").read_bytes()
+    monkeypatch.chdir(toy)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("RLHF_MIN_FREE_GB", "1e9")
+    state = flow.fn(overrides=["ppo.kl_coef=0.1"])
+    assert state.is_failed()
+    assert "a stage needs 1e+09 GB" in state.message
+    assert (toy / "params.yaml").read_bytes() == before
+
+
 def test_the_form_shows_types_and_descriptions() -> None:
     from flows.rlhf import Stage
     from flows.rlhf import rlhf as flow

@@ -10,39 +10,45 @@ import shutil
 import sys
 
 PYTHON = (3, 11)
-GIB = 1024**3
-INSTALL_DISK_GIB = 6  # packages 3 (with torch for CPU), pip's cache of them 1, base model and artifacts 2
-RUN_DISK_GIB = 2  # base model 0.6 and again in DVC's cache, adapters and records little
+GB, GIB = 1000**3, 1024**3
+PACKAGES_DISK_GB = 4  # packages 3 (with torch for CPU), pip's cache of them 1
+RUN_DISK_GB = 3  # a run's weights, again in DVC's cache, and its checkpoints; RLHF_MIN_FREE_GB overrides
 MEMORY_GIB = 6  # the largest stage, PPO, on the default model
 
 
-def problems(folder=".", install=False, python=None, disk=None, memory=None):
+def problems(folder=".", install=False, light=False, python=None, disk=None, memory=None):
     """What is missing, one sentence each; nothing if all is well.
 
     Args:
         folder: where the project lies; its disk is looked at.
-        install: what the installation needs. Memory is left to `rlhf run`: the tiny recipe and the tests need little.
+        install: what the installation needs, and a run after it. Memory is left to `rlhf run`, which knows the model.
+        light: what recipes and tests need, whose models are small: memory is not looked at.
         python, disk, memory: the version, the free bytes and the free bytes to judge; this machine's if None.
     """
     python = tuple(python or sys.version_info)[:2]
     disk = shutil.disk_usage(folder).free if disk is None else disk
     memory = available_memory() if memory is None else memory
-    need = INSTALL_DISK_GIB if install else RUN_DISK_GIB
+    need = run_disk_gb() + (PACKAGES_DISK_GB if install else 0)
     found = []
     if python < PYTHON:
         found.append(
             "Found Python {}.{}, expected {}.{} or newer. Install it, or name one: "
             "make PYTHON=/path/to/python3.11".format(*(python + PYTHON))
         )
-    if disk < need * GIB:
+    if disk < need * GB:
         hint = "" if install else "; `make clean` and `dvc gc -w` help"  # DVC is not there yet
-        found.append("Found {:.1f} GiB of free disk, expected {} GiB. Free some{}.".format(disk / GIB, need, hint))
-    if not install and memory is not None and memory < MEMORY_GIB * GIB:
+        found.append("Found {:.1f} GB of free disk, expected {:g} GB. Free some{}.".format(disk / GB, need, hint))
+    if not (install or light) and memory is not None and memory < MEMORY_GIB * GIB:
         found.append(
             "Found {:.1f} GiB of free memory, expected {} GiB. Close other programs, or run the tiny recipe: "
             "make tiny".format(memory / GIB, MEMORY_GIB)
         )
     return found
+
+
+def run_disk_gb():
+    """Free disk without which no run, and none of its stages, begins."""
+    return float(os.environ.get("RLHF_MIN_FREE_GB") or RUN_DISK_GB)
 
 
 # Control groups of version 2, and of version 1: the folder, the limit, what counts as used, and the prefix of the lines
