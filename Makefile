@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= 1
 
-.PHONY: help run tiny test test-resume test-thorough test-online test-browser lint format ui prefect-ui repro known-answers reward-hacking golden mutants parity parity-training bench lock clean preflight
+.PHONY: help run tiny test test-resume test-thorough test-online test-browser lint format ui prefect-ui repro known-answers reward-hacking golden mutants parity parity-training bench lock clean preflight room
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,20 +20,20 @@ run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → 
 tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in a minute or two
 	@$(BIN)/rlhf run --recipe tiny
 
-test: $(VENV)/.installed ## lint, types, tests
+test: room ## lint, types, tests
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=15
 
-test-resume: $(VENV)/.installed ## kill the tiny recipe ten times; it has to end with the same bytes
+test-resume: room ## kill the tiny recipe ten times; it has to end with the same bytes
 	@$(BIN)/python -m pytest -m resume
 
-test-thorough: $(VENV)/.installed ## several training processes, and simulations that take long
+test-thorough: room ## several training processes, and simulations that take long
 	@$(BIN)/python -m pytest -m thorough
 
-test-online: $(VENV)/.installed ## online rounds by a rule, a person, a schedule and a coin, and killed in every phase
+test-online: room ## online rounds by a rule, a person, a schedule and a coin, and killed in every phase
 	@$(BIN)/python -m pytest -m online
 
-test-browser: $(VENV)/.installed ## the feedback pages in Chromium, and twenty people at once; SQLite and PostgreSQL
+test-browser: room ## the feedback pages in Chromium, and twenty people at once; SQLite and PostgreSQL
 	@for tool in chromium chromedriver; do command -v $$tool >/dev/null || { \
 	  echo "Found no $$tool. On Debian: apt-get install chromium chromium-driver" >&2; exit 1; }; done
 	@$(BIN)/python -c 'import sys; sys.path.insert(0, "scripts"); import feedback_load; \
@@ -94,6 +94,9 @@ clean: ## remove caches and the tiny workspace; data, artifacts and run history 
 preflight:
 	@test -n "$(PYTHON)" || { echo "Found no Python, expected 3.11 or newer. Install python3.11 and its venv module." >&2; exit 1; }
 	@test -e $(VENV)/.installed || $(PYTHON) tasks/preflight.py --install
+
+room: $(VENV)/.installed  # also where everything is installed: tests that fill a disk end in a heap of other errors
+	@$(BIN)/python tasks/preflight.py --light
 
 # The stamp is newer than what decides the environment, or the environment is brought up to date.
 $(VENV)/.installed: pyproject.toml constraints.txt | preflight

@@ -87,7 +87,7 @@ def _left(folder, limit, used, prefix):
 
 
 if __name__ == "__main__":
-    missing = problems(install="--install" in sys.argv)
+    missing = problems(install="--install" in sys.argv, light="--light" in sys.argv)
     for sentence in missing:
         sys.stderr.write(sentence + "\n")
     sys.exit(1 if missing else 0)

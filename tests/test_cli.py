@@ -197,6 +197,22 @@ def test_preflight_needs_nothing_but_python() -> None:
     assert done.returncode in (0, 1)
 
 
+@pytest.mark.parametrize("verb", ["test", "test-resume", "test-thorough", "test-online", "test-browser"])
+def test_tests_ask_for_disk_where_everything_is_installed_too(tmp_path: Path, verb: str) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "tasks/preflight.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    (tmp_path / ".venv/.installed").touch()
+    env = {"PATH": "/usr/bin:/bin", "RLHF_MIN_FREE_GB": "1e9"}
+    command = ["make", verb, f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode
+    assert re.match(r"Found [0-9.]+ GB of free disk, expected 1e\+09 GB\. Free some; .*\n", done.stderr)
+    assert done.stdout == ""
+
+
 def test_a_run_without_dpo_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.chat import chat
     from tasks.dpo import NO_POLICY
