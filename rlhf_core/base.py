@@ -38,7 +38,8 @@ def fetch_base(source: str, folder: Path) -> None:
     """
     marker = folder / "source.json"
     kind, _, name = source.partition(":")
-    if kind != "path" and marker.is_file() and json.loads(marker.read_text())["source"] == source:
+    named = marker.is_file() and json.loads(marker.read_text())["source"] == source
+    if named and kind != "path" and _is_whole(folder):
         return
     work = Path(tempfile.mkdtemp(prefix="base-", dir=_parent(folder)))
     try:
@@ -74,6 +75,13 @@ def set_pad(tokenizer: PreTrainedTokenizerBase) -> None:
         f"The base model's tokenizer has no padding token apart from {tokenizer.eos_token!r}; "
         f"expected one of {', '.join(PAD_CANDIDATES)}. Choose another prepare.base."
     )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether configuration and weights are there, all of them where they are in several files."""
+    index = folder / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return all((folder / name).is_file() for name in ("config.json", *weights))
 
 
 def _parent(folder: Path) -> Path:
@@ -113,7 +121,13 @@ def _path(name: str) -> Iterator[tuple[str, dict[str, object]]]:
             f"Base model path:{name} holds no config.json; expected a Hugging Face model folder with safetensors. "
             "Mend prepare.base in params.yaml."
         )
-    yield name, {"use_safetensors": True}
+    try:
+        yield name, {"use_safetensors": True}
+    except (OSError, ValueError) as error:  # no weights; no tokenizer
+        raise MissingArtifact(
+            f"Base model path:{name} cannot be read: {str(error).splitlines()[0].rstrip(' .:')}. Expected a Hugging "
+            "Face model folder with safetensors and a tokenizer. Name another: `rlhf run -S prepare.base=path:FOLDER`."
+        ) from error
 
 
 @contextlib.contextmanager

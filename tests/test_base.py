@@ -46,6 +46,36 @@ def test_a_named_version_that_is_there_already_is_left_alone(tmp_path: Path, lla
     assert contents(folder) == before
 
 
+@pytest.fixture
+def hub(llama: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """A hub that has the small Llama under every name; lists what it is asked for."""
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(repo: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+        assert ignore_patterns == ["*.bin", "*.pt", "*.py"]  # what is unpickled or run is not even fetched
+        asked.append((repo, revision))
+        return str(llama)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "model-00002-of-00002.safetensors"])
+def test_a_base_that_lost_a_file_is_fetched_anew(tmp_path: Path, hub: list[tuple[str, str | None]], lost: str) -> None:
+    folder = tmp_path / "base"
+    fetch_base("hub:name@revision", folder)
+    whole = contents(folder)
+    if "-of-" in lost:
+        parts = {"a": "model.safetensors", "b": lost}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    else:
+        (folder / lost).unlink()
+    fetch_base("hub:name@revision", folder)
+    assert contents(folder) == whole
+    fetch_base("hub:name@revision", folder)
+    assert len(hub) == 2  # and once is enough
+
+
 def test_a_folder_in_which_other_weights_lie_is_taken_again(tmp_path: Path, llama: Path) -> None:
     own, folder = tmp_path / "own", tmp_path / "base"
     shutil.copytree(llama, own)
@@ -81,6 +111,34 @@ def test_a_missing_folder_is_named_and_leaves_the_old_base(tmp_path: Path, llama
     )
     assert contents(folder) == before
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("lost", "found"),
+    [
+        ("model.safetensors", "no file named model.safetensors"),
+        ("tokenizer*", "Couldn't instantiate the backend tokenizer"),
+    ],
+    ids=["safetensors", "tokenizer"],
+)
+def test_a_folder_that_is_no_whole_model_is_one_clear_message(
+    tmp_path: Path, llama: Path, lost: str, found: str
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(llama, own)
+    for path in own.glob(lost):
+        path.rename(path.with_name("pytorch_model.bin"))
+    with pytest.raises(MissingArtifact) as error:
+        fetch_base(f"path:{own}", tmp_path / "base")
+    message = str(error.value)
+    assert message.startswith(f"Base model path:{own} cannot be read: ")
+    assert found in message
+    assert message.endswith(
+        "Expected a Hugging Face model folder with safetensors and a tokenizer. "
+        "Name another: `rlhf run -S prepare.base=path:FOLDER`."
+    )
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == [own]
 
 
 def test_a_pad_that_is_the_eos_is_replaced(tmp_path: Path, llama: Path) -> None:
