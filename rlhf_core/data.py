@@ -319,7 +319,7 @@ def prepare(config: Prepare, tokenizer: PreTrainedTokenizerBase, context: int) -
         bad_rows,
         doubled + doubled_rankings,
     )
-    _refuse_empty(prepared)
+    _refuse_empty(prepared, config)
     return prepared
 
 
@@ -370,19 +370,21 @@ def _split(records: Sequence[Record], config: Prepare) -> dict[str, list[Record]
     return parts
 
 
-def _refuse_empty(prepared: Prepared) -> None:
+def _refuse_empty(prepared: Prepared, config: Prepare) -> None:
     needed = [("demonstrations", split) for split in ("train", "validation", "test")]
     needed += [("rankings", split) for split in SPLITS] + [("prompts", "train"), ("prompts", "test")]
     for split in SPLITS:
         found = prepared.rankings[split]
         if found and all(len(set(record.ranks)) == 1 for record in found):
             raise DataError(f"All {len(found)} rankings of split {split} are ties; expected some that prefer one.")
+    shares = {split: getattr(config, f"{split}_fraction") for split in SPLITS if split != "train"}  # train has the rest
     for kind, split in needed:
         if not getattr(prepared, kind)[split]:
             counts = {name: len(rows) for name, rows in getattr(prepared, kind).items()}
+            verb, share = ("lower", max(shares, key=shares.__getitem__)) if split == "train" else ("raise", split)
             raise DataError(
-                f"Split {split} of {kind} is empty (found {counts}). Add rows, or change prepare.{split}_fraction "
-                "in params.yaml."
+                f"Split {split} of {kind} is empty (found {counts}). Add rows, or {verb} prepare.{share}_fraction, "
+                f"which is {shares[share]:g}: `rlhf run -S prepare.{share}_fraction=SHARE`."
             )
 
 

@@ -501,16 +501,29 @@ def test_a_larger_test_share_keeps_what_was_in_test(section: Callable[..., Any])
 
 
 @pytest.mark.parametrize(
-    ("kind", "fraction", "split"),
-    [("demonstrations", "validation_fraction", "validation"), ("rankings", "gold_fraction", "gold")],
+    ("split", "kind", "fraction", "share", "advice"),
+    [
+        ("train", "demonstrations", "test_fraction", 0.6 - 1e-9, "lower prepare.test_fraction, which is 0.6"),
+        ("train", "demonstrations", "gold_fraction", 0.6 - 1e-9, "lower prepare.gold_fraction, which is 0.6"),
+        ("validation", "demonstrations", "validation_fraction", 0, "raise prepare.validation_fraction, which is 0"),
+        ("test", "demonstrations", "test_fraction", 1e-9, "raise prepare.test_fraction, which is 1e-09"),
+        ("gold", "rankings", "gold_fraction", 1e-9, "raise prepare.gold_fraction, which is 1e-09"),
+    ],
 )
-def test_an_empty_split_names_its_kind_and_its_share(
-    config: Callable[..., Prepare], tokenizer: PreTrainedTokenizerFast, kind: str, fraction: str, split: str
+def test_an_empty_split_names_its_kind_and_the_share_to_change(
+    config: Callable[..., Prepare],
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    kind: str,
+    fraction: str,
+    share: float,
+    advice: str,
 ) -> None:
     with pytest.raises(DataError) as error:
-        prepare(config(**{fraction: 1e-9}), tokenizer, 256)
+        prepare(config(**{fraction: share}), tokenizer, 256)
     assert str(error.value).startswith(f"Split {split} of {kind} is empty (found {{'train': ")
-    assert f"change prepare.{fraction} in params.yaml" in str(error.value)
+    assert str(error.value).endswith(f"). Add rows, or {advice}: `rlhf run -S prepare.{fraction}=SHARE`.")
+    assert fraction in Prepare.model_fields
 
 
 def test_a_prompt_may_be_as_long_as_the_limit_and_no_longer(
