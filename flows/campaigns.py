@@ -8,7 +8,7 @@ import typer
 
 from rlhf_core.errors import MissingArtifact, ResourceError
 from tasks import preflight
-from tasks.pipeline import find_root
+from tasks.pipeline import find_root, serving_lock
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=HELP)
@@ -165,17 +165,28 @@ def serve(
     guideline = guideline and str(Path(guideline).resolve())
     root = find_root()
     os.chdir(root)  # runs start in the folder that the server was told
-    from flows.server import use_lasting_server
+    from flows.server import check_schedule, use_lasting_server
 
-    server = use_lasting_server(root, port=server_port)
-    from flows.online import Waiting, online
+    def check() -> None:  # what would fail at every round, with nobody to see it
+        check_schedule(cron)
+        from flows.online import PEOPLE, check_annotator
 
-    typer.echo(f"Prefect: {server.removesuffix('/api')}   (Ctrl-C ends it)")
-    waiting = Waiting(
-        judgements=judgements, overlap=overlap, hours=hours, address=address, guideline=guideline, axes=_names(axes)
-    )
-    parameters = {"name": name, "annotator": annotator, "waiting": waiting.model_dump()}
-    online.serve(name=f"{name}-served", cron=cron, limit=1, parameters=parameters)
+        check_annotator(annotator or PEOPLE)
+
+    served = f"{name}-served"
+    with serving_lock(root, f"online/{served}"):
+        server = use_lasting_server(
+            root, "rlhf online serve", port=server_port, option="--server-port", meanwhile=check
+        )
+        from flows.online import Waiting, online
+
+        typer.echo(f"Prefect: {server.removesuffix('/api')}   (Ctrl-C ends it)")
+        waiting = Waiting(
+            judgements=judgements, overlap=overlap, hours=hours, address=address, guideline=guideline,
+            axes=_names(axes),
+        )  # fmt: skip
+        parameters = {"name": name, "annotator": annotator, "waiting": waiting.model_dump()}
+        online.serve(name=served, cron=cron, limit=1, parameters=parameters)
 
 
 def _names(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from flows.listening import require_free, warn_if_public
 from rlhf_core.errors import ResourceError, RLHFError
 from tasks import preflight
 from tasks.environment import record_folder
-from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, workspace_lock
+from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, serving_lock, workspace_lock
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -192,13 +192,15 @@ def serve(
     """
     root = find_root()
     os.chdir(root)  # runs start in the folder that the server was told
-    from flows.server import use_lasting_server
+    apply_overrides(overrides or [], root=root, keep=False)  # a wrong one would be told every night, to nobody
+    from flows.server import check_schedule, use_lasting_server
 
-    address = use_lasting_server(root, port=port)
-    from flows.rlhf import rlhf
+    with serving_lock(root, f"rlhf/{name}"):
+        address = use_lasting_server(root, "rlhf serve", port=port, meanwhile=lambda: check_schedule(cron))
+        from flows.rlhf import rlhf
 
-    typer.echo(f"Prefect: {address.removesuffix('/api')}   (Ctrl-C ends it)")
-    rlhf.serve(name=name, cron=cron, limit=1, parameters={"overrides": overrides} if overrides else None)
+        typer.echo(f"Prefect: {address.removesuffix('/api')}   (Ctrl-C ends it)")
+        rlhf.serve(name=name, cron=cron, limit=1, parameters={"overrides": overrides} if overrides else None)
 
 
 @app.command()

@@ -15,7 +15,7 @@ def warn_if_public(host: str) -> None:
         typer.echo(f"Warning: {host} can be reached from other machines, and there is no password.", err=True)
 
 
-def require_free(host: str, port: int, command: str) -> None:
+def require_free(host: str, port: int, command: str, *, option: str = "--port") -> None:
     """Try the address before a tool does, whose own message would be a traceback.
 
     Raises:
@@ -32,7 +32,7 @@ def require_free(host: str, port: int, command: str) -> None:
     except OSError as error:
         raise ResourceError(
             f"Cannot listen on {in_address(host)}:{port}: {error.strerror}. "
-            f"Choose another: `{command} --port {port + 1}`"
+            f"Choose another: `{command} {option} {port + 1}`"
         ) from error
 
 

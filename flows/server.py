@@ -1,8 +1,8 @@
 """Which Prefect server a flow run talks to: the one you named, the one `rlhf prefect-ui` runs, or a temporary one.
 
 All servers of a workspace share one database under .rlhf/prefect, so a run made with a temporary server is there when
-`rlhf prefect-ui` is opened later. Nothing here imports prefect: the settings have to stand before that import, and the
-server's start, some seconds, overlaps with it.
+`rlhf prefect-ui` is opened later. Nothing here imports prefect before the settings stand, which it reads when it is
+imported; the server's start, some seconds, overlaps with that.
 """
 
 import atexit
@@ -21,7 +21,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_core.errors import ResourceError
+from flows.listening import require_free
+from rlhf_core.errors import ConfigError, ResourceError
 from tasks.environment import record_folder
 
 START_SECONDS = 120.0
@@ -88,16 +89,43 @@ def use_server(root: Path, *, meanwhile: Callable[[], None] = lambda: None) -> s
     return address
 
 
-def use_lasting_server(root: Path, *, port: int) -> str:
-    """As `use_server`, but one that keeps schedules and has pages: started on this port if none runs."""
+def use_lasting_server(
+    root: Path, command: str, *, port: int, option: str = "--port", meanwhile: Callable[[], None]
+) -> str:
+    """As `use_server`, but one that keeps schedules and has pages: started on this port if none runs.
+
+    Args:
+        command, option: who asks for the port, and by what; named where it is taken.
+        meanwhile: may import prefect; done though a server runs already.
+    """
     home = prepare_prefect(root)
-    address = _named_or_running(home)
+    address, wait = _named_or_running(home), None
     if address is None:
+        # Or another project's server that answers there would be taken for the one that is being started.
+        require_free("127.0.0.1", port, command, option=option)
         address = record_address(home, "127.0.0.1", port)
-        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--log-level", "WARNING"]
-        _start(command, {}, address, home)()
+        server = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--log-level", "WARNING"]
+        wait = _start(server, {}, address, home)
     os.environ["PREFECT_API_URL"] = address
+    meanwhile()
+    if wait:
+        wait()
     return address
+
+
+def check_schedule(cron: str | None) -> None:
+    """ConfigError where Prefect cannot tell from it when to start. Imports prefect, so its settings have to stand."""
+    if cron is None:
+        return
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        CronSchedule(cron=cron)
+    except ValueError as error:
+        raise ConfigError(
+            f"Found --cron {cron!r}, expected minute, hour, day, month and weekday, such as every night at three: "
+            '--cron "0 3 * * *"'
+        ) from error
 
 
 def _named_or_running(home: Path) -> str | None:

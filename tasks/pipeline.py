@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import yaml
@@ -164,21 +165,34 @@ def _put_back(
 
 @contextlib.contextmanager
 def workspace_lock(root: Path) -> Iterator[None]:
-    """Hold the workspace for one pipeline run; a second one fails at once, naming the first.
+    """Hold the workspace for one pipeline run; a second one fails at once, naming the first."""
+    advice = "Wait for it, stop it with Ctrl-C there, or use a workspace of its own: `dvc exp run --temp`."
+    with _lock(root / LOCK, lambda holder: f"Another pipeline run works in {root} ({holder}). {advice}"):
+        yield
+
+
+@contextlib.contextmanager
+def serving_lock(root: Path, deployment: str) -> Iterator[None]:
+    """Hold a deployment while it is served; of two who serve it, the first to end would pause the other's schedule."""
+    advice = "Stop it with Ctrl-C there, or serve under another name."
+    path = root / ".rlhf" / f"serve-{quote(deployment, safe='')}.lock"
+    with _lock(path, lambda holder: f"{deployment} is served already ({holder}). {advice}"):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, busy: Callable[[str], str]) -> Iterator[None]:
+    """Hold a file, or raise ResourceError with what `busy` says of the process that holds it.
 
     The lock goes with its process, however that ends, so there is never a stale one to remove.
     """
-    path = root / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ResourceError(
-                f"Another pipeline run works in {root} (process {file.read().strip() or 'unknown'}). Wait for it, "
-                "stop it with Ctrl-C there, or use a workspace of its own: `dvc exp run --temp`."
-            ) from None
+            raise ResourceError(busy(f"process {file.read().strip() or 'unknown'}")) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

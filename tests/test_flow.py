@@ -1,10 +1,12 @@
 """flows/rlhf.py: the real flow, Prefect's server, DVC and MLflow around a workspace of five scripts."""
 
+import contextlib
 import datetime
 import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from toy import PROJECT, dvc, make_toy
 from flows.results import alarms, markdown, table_rows
 from flows.server import free_port
 from rlhf_core.errors import ConfigError
-from tasks.pipeline import STAGES
+from tasks.pipeline import STAGES, serving_lock
 from tasks.stage import write_text
 
 
@@ -115,6 +117,53 @@ def test_a_stopped_flow_leaves_no_process_and_a_killed_run(toy: Path, number: si
     assert time.monotonic() - began < 20
     assert is_gone(int((toy / "hanging").read_text()))
     assert [run["status"] for run in recorded(toy)] == ["KILLED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["serve", "-S", "ppo.kl_coeff=1"], "params.yaml: unknown key ppo.kl_coeff; did you mean ppo.kl_coef?"),
+        (["serve", "--cron", "every night"], "Found --cron 'every night', expected minute, hour, day, month and week"),
+        (["online", "serve", "--cron", "0 25 * * *"], "Found --cron '0 25 * * *', expected minute, hour, day, month"),
+        (["online", "serve", "--annotator", "robot"], "Found annotator 'robot', expected people, judge or rule:NAME."),
+        (["serve"], f"rlhf/served is served already (process {os.getpid()}). Stop it with Ctrl-C there, or serve"),
+        (["online", "serve", "weekly"], f"online/weekly-served is served already (process {os.getpid()}). Stop it"),
+    ],
+)
+def test_what_would_fail_every_night_is_told_at_once(toy: Path, command: list[str], message: str) -> None:
+    before = (toy / "params.yaml").read_bytes()
+    option = "--server-port" if "online" in command else "--port"
+    port = free_port()
+    with serving_lock(toy, "rlhf/served" if command == ["serve"] else "online/weekly-served"):
+        assert refusal(toy, *command, option, str(port)).startswith(f"Error: {message}")
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)  # no server is left behind
+    assert (toy / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "option"), [(["serve"], "--port"), (["online", "serve"], "--server-port")])
+def test_another_projects_server_is_not_taken_for_ones_own(toy: Path, command: list[str], option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = refusal(toy, *command, option, str(port))
+    assert said.startswith(f"Error: Cannot listen on 127.0.0.1:{port}")
+    assert said.endswith(f"Choose another: `rlhf {' '.join(command)} {option} {port + 1}`")
+
+
+def refusal(folder: Path, *arguments: str) -> str:
+    """The one message that a command ends with."""
+    refused = rlhf(folder, *arguments, start_new_session=True)
+    try:
+        out, log = refused.communicate(timeout=120)
+    finally:  # one that was not refused would serve on
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(refused.pid, signal.SIGKILL)
+        refused.wait()
+    assert refused.returncode == 1, log
+    assert "Traceback" not in out + log
+    return log.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
