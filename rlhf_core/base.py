@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_core.config import require_revision
 from rlhf_core.errors import MissingArtifact, ResourceError
 
 # What a tokenizer may offer as padding, best first; EOS is never taken, since masking it hides every end of turn.
@@ -35,6 +36,7 @@ def fetch_base(source: str, folder: Path) -> None:
 
     Raises:
         MissingArtifact: the source cannot be had; says what was tried and the command that helps.
+        ConfigError: a model of the hub without a revision.
     """
     marker = folder / "source.json"
     kind, _, name = source.partition(":")
@@ -102,11 +104,12 @@ def _plain(model: Any) -> None:
 
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[tuple[str, dict[str, object]]]:
+    require_revision(f"hub:{name}")
     repo, _, revision = name.partition("@")
     try:
         from huggingface_hub import snapshot_download
 
-        yield snapshot_download(repo, revision=revision or None, ignore_patterns=["*.bin", "*.pt", "*.py"]), {}
+        yield snapshot_download(repo, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.py"]), {}
     except OSError as error:
         raise MissingArtifact(
             f"Base model hub:{name} is neither in the local hub cache nor to be had: {str(error).splitlines()[0]} "

@@ -20,6 +20,20 @@ ValueNetwork = Literal["own", "shared"]
 MOST_COPIES = 10  # of a ranking an epoch; more would rather be another number of epochs
 
 
+def require_revision(source: str) -> None:
+    """Refuse a source of the hub that could change under its name.
+
+    Raises:
+        ConfigError: it names no revision.
+    """
+    name, _, revision = source.removeprefix("hub:").partition(":")[0].partition("@")
+    if source.startswith("hub:") and not (name and revision):
+        raise ConfigError(
+            f"{source} names no revision, so it could change under its name; expected hub:NAME@REVISION, with a "
+            "commit's hash or a tag."
+        )
+
+
 class Section(BaseModel):
     """A part of params.yaml. Frozen; unknown keys are refused."""
 
@@ -49,6 +63,13 @@ class Prepare(Section):
     validation_fraction: float = Field(ge=0, lt=1, description="Share of prompts that choose among epochs.")
     test_fraction: float = Field(gt=0, lt=1, description="Share of prompts that nothing is ever trained on.")
     gold_fraction: float = Field(gt=0, lt=1, description="Share whose rankings train the gold reward model only.")
+
+    @field_validator("base", "demonstrations", "rankings", "prompts")
+    @classmethod
+    def _at_a_revision(cls, named: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for source in [named] if isinstance(named, str) else named:
+            require_revision(source)
+        return named
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> "Prepare":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.config import Prepare
+from rlhf_core.config import Prepare, require_revision
 from rlhf_core.errors import DataError, MissingArtifact
 from rlhf_core.records import Demonstration, Message, Prompt, Ranking
 
@@ -63,12 +63,14 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
 
     Raises:
         MissingArtifact: it is not there.
+        ConfigError: a data set of the hub without a revision.
         DataError: a file of another kind.
     """
     if source.startswith("hub:"):
+        require_revision(source)
         name, _, split = source.removeprefix("hub:").partition(":")
         repo, _, revision = name.partition("@")
-        yield from enumerate(_from_hub(repo, revision or None, split or "train"), start=1)
+        yield from enumerate(_from_hub(repo, revision, split or "train"), start=1)
         return
     path = Path(source)
     if not path.is_file():
@@ -91,14 +93,14 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"Data file {source} ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet.")
 
 
-def _from_hub(repo: str, revision: str | None, split: str) -> Iterable[Any]:
+def _from_hub(repo: str, revision: str, split: str) -> Iterable[Any]:
     import datasets
 
     try:
         return datasets.load_dataset(repo, revision=revision, split=split)
     except (OSError, ValueError) as error:
         raise MissingArtifact(
-            f"Data set hub:{repo} cannot be loaded: {str(error).splitlines()[0]} "
+            f"Data set hub:{repo}@{revision} cannot be loaded: {str(error).splitlines()[0]} "
             "Run with HF_HUB_OFFLINE=0 to allow a download, or name a file in params.yaml's section prepare."
         ) from error
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_core.base import fetch_base, set_pad
-from rlhf_core.errors import MissingArtifact
+from rlhf_core.errors import ConfigError, MissingArtifact
 from rlhf_core.models import load_policy
 from rlhf_core.tiny import END, PAD, make_tokenizer
 
@@ -74,6 +74,15 @@ def test_a_base_that_lost_a_file_is_fetched_anew(tmp_path: Path, hub: list[tuple
     assert contents(folder) == whole
     fetch_base("hub:name@revision", folder)
     assert len(hub) == 2  # and once is enough
+
+
+def test_the_hub_is_asked_for_the_revision_that_is_named(tmp_path: Path, hub: list[tuple[str, str | None]]) -> None:
+    fetch_base("hub:org/name@v1", tmp_path / "base")
+    assert hub == [("org/name", "v1")]
+    assert json.loads((tmp_path / "base" / "source.json").read_text()) == {"source": "hub:org/name@v1"}
+    with pytest.raises(ConfigError, match=r"hub:org/name names no revision, .* expected hub:NAME@REVISION"):
+        fetch_base("hub:org/name", tmp_path / "base")
+    assert len(hub) == 1
 
 
 def test_a_folder_in_which_other_weights_lie_is_taken_again(tmp_path: Path, llama: Path) -> None:

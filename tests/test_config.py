@@ -222,6 +222,17 @@ def test_a_number_written_without_a_point_is_a_number(raw: dict[str, Any]) -> No
     assert check_params(changed(raw, "sft", learning_rate="5e-4")).sft.learning_rate == 5e-4
 
 
+@pytest.mark.parametrize("source", ["hub:org/name", "hub:org/name@", "hub:@v1", "hub:name:test@v1"])
+@pytest.mark.parametrize("key", ["base", "demonstrations", "rankings", "prompts"])
+def test_a_source_of_the_hub_has_to_name_its_revision(raw: dict[str, Any], key: str, source: str) -> None:
+    def named(source: str) -> Any:
+        return source if key == "base" else [*raw["prepare"][key], source]
+
+    with pytest.raises(ConfigError, match=rf"prepare\.{key} = .*{source} names no revision, .* hub:NAME@REVISION"):
+        check_params(changed(raw, "prepare", **{key: named(source)}))
+    assert check_params(changed(raw, "prepare", **{key: named("hub:org/name@v1")}))
+
+
 def test_fractions_have_to_leave_a_training_split(raw: dict[str, Any]) -> None:
     fractions = {"validation_fraction": 0.3, "test_fraction": 0.3, "gold_fraction": 0.4}
     with pytest.raises(ConfigError, match="fractions add up to 1, so train would be empty"):

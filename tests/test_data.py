@@ -32,7 +32,7 @@ from rlhf_core.data import (
     summarise,
     write_prepared,
 )
-from rlhf_core.errors import DataError, MissingArtifact
+from rlhf_core.errors import ConfigError, DataError, MissingArtifact
 from rlhf_core.records import Demonstration, Prompt, Ranking
 from rlhf_core.tiny import CHAT_TEMPLATE, make_tokenizer
 
@@ -88,6 +88,43 @@ def test_gzip_reads_as_the_plain_file(tmp_path: Path) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     plain = write_lines(tmp_path / "rows.jsonl", rows)
     assert list(read_rows(str(tmp_path / "rows.jsonl.gz"))) == list(read_rows(plain))
+
+
+@pytest.mark.parametrize(("source", "split"), [("hub:org/name@v1", "train"), ("hub:org/name@v1:test[:2]", "test[:2]")])
+def test_the_hub_is_asked_for_the_revision_and_split_that_are_named(
+    monkeypatch: pytest.MonkeyPatch, source: str, split: str
+) -> None:
+    asked = []
+
+    def load_dataset(*names: str, **options: str) -> list[dict[str, Any]]:
+        asked.append((names, options))
+        return demonstrations(2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(read_rows(source)) == list(enumerate(demonstrations(2), start=1))
+    assert asked == [(("org/name",), {"revision": "v1", "split": split})]
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])  # not reached; no such split
+def test_a_data_set_that_the_hub_does_not_give_is_one_clear_message(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def load_dataset(*_: str, **__: str) -> None:
+        raise error("Couldn't reach it.\nDetails.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(MissingArtifact) as missing:
+        list(read_rows("hub:org/name@v1"))
+    assert str(missing.value) == (
+        "Data set hub:org/name@v1 cannot be loaded: Couldn't reach it. Run with HF_HUB_OFFLINE=0 to allow a download, "
+        "or name a file in params.yaml's section prepare."
+    )
+
+
+def test_a_data_set_of_the_hub_has_to_name_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ConfigError, match=r"hub:org/name:test names no revision, .* expected hub:NAME@REVISION"):
+        list(read_rows("hub:org/name:test"))
 
 
 def test_parquet_reads_as_the_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
