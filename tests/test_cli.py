@@ -213,18 +213,6 @@ def test_tests_ask_for_disk_where_everything_is_installed_too(tmp_path: Path, ve
     assert done.stdout == ""
 
 
-def test_a_run_without_dpo_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.chat import chat
-    from tasks.dpo import NO_POLICY
-
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(PROJECT / "params.yaml", tmp_path)
-    NO_POLICY.parent.mkdir(parents=True)
-    NO_POLICY.write_text("{}")
-    with pytest.raises(MissingArtifact, match=r"`rlhf run -S dpo\.epochs=1` trains one"):
-        chat("dpo")
-
-
 @pytest.mark.parametrize("command", [["chat", "ppo"], ["judge-check"]])
 def test_a_recipe_that_never_ran_names_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
