@@ -4,6 +4,7 @@ Both start from the SFT model and are trained in the same way, on rankings of di
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,9 @@ def _with_length(numbers: dict[str, Any], roles: Roles, role: str) -> dict[str, 
     return numbers
 
 
-def _calibration(qualities):  # type: ignore[no-untyped-def]
+def _calibration(qualities: Mapping[str, Quality]) -> list[dict[str, Any]]:
     """One row a bin of confidence, for both models, before and after temperature scaling."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for role, quality in qualities.items():
         for scaled, bins in ((False, quality.calibration), (True, quality.calibration_scaled)):
             rows += [{"model": role, "scaled": int(scaled), **part._asdict()} for part in bins]
