@@ -40,6 +40,9 @@ Recipe = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Run recipes/NAME.yaml in its own workspace, .rlhf/NAME, such as: tiny"),
 ]
+InRecipe = Annotated[
+    str | None, typer.Option(metavar="NAME", help="In the recipe's workspace, .rlhf/NAME, such as: tiny")
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start a stage that was stopped from its beginning, not from its checkpoint.")
 ]
@@ -207,13 +210,18 @@ def serve(
 def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="A run's name or id, a git revision, or: workspace")],
     second: Annotated[str, typer.Argument(metavar="B", help="The same.")] = "workspace",
+    recipe: InRecipe = None,
 ) -> None:
     """Two runs as a table: the parameters and data versions that differ, and every metric.
 
     - `rlhf compare low-kl high-kl` compares two runs by the names they were given
     - `rlhf compare HEAD` compares the last commit with what lies on disk
+    - `rlhf compare low-kl high-kl --recipe tiny` compares two runs of a recipe
     """
-    find_root()
+    root = find_root()
+    from flows.recipe import workspace_of
+
+    os.chdir(workspace_of(recipe, root))
     from tasks.compare import compare as compare_runs
 
     typer.echo(compare_runs(first, second))
@@ -299,7 +307,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(min=0.01, help="As in evaluate if not given.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; as in evaluate if not given.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,
-    recipe: Recipe = None,
+    recipe: InRecipe = None,
 ) -> None:
     """Talk to a stage's policy in the terminal.
 

@@ -213,7 +213,7 @@ def test_tests_ask_for_disk_where_everything_is_installed_too(tmp_path: Path, ve
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("command", [["chat", "ppo"], ["judge-check"]])
+@pytest.mark.parametrize("command", [["chat", "ppo"], ["compare", "low-kl"], ["judge-check"]])
 def test_a_recipe_that_never_ran_names_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:

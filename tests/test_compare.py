@@ -8,7 +8,9 @@ from urllib.parse import unquote
 import pytest
 import yaml
 from stores import sqlite_store
+from typer.testing import CliRunner
 
+from flows.cli import app
 from rlhf_core.errors import MissingArtifact, ResourceError
 from tasks.compare import compare
 from tasks.tracking import MLflowTracker, Parent, connect, newest_pipeline_runs
@@ -106,6 +108,26 @@ def test_a_recorded_run_is_compared_with_a_revision(repo: Path, store: str) -> N
     assert found["ppo.kl_coef"] == ["0.05", "0.2"]
     assert found["ppo/reward"] == ["1.5", "–"]
     assert found["data/starter"] == ["a" * 10, "b" * 10]
+
+
+def test_runs_of_a_recipe_are_compared_from_the_projects_folder(
+    repo: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVC_ROOT")
+    tiny = repo / ".rlhf/tiny"
+    for folder in (repo, tiny):
+        folder.mkdir(exist_ok=True)
+        for name in ("dvc.yaml", "params.yaml"):
+            (folder / name).touch()
+    monkeypatch.chdir(tiny)
+    record("low", 0.05, 1.5, "a" * 32)
+    record("high", 0.2, 1.25, "a" * 32)
+    monkeypatch.chdir(repo)
+    with pytest.raises(MissingArtifact, match="low is no MLflow run"):
+        compare("low", "high")
+    shown = CliRunner().invoke(app, ["compare", "low", "high", "--recipe", "tiny"])
+    assert shown.exit_code == 0, shown.output
+    assert rows(shown.output)["ppo.kl_coef"] == ["0.05", "0.2"]
 
 
 def test_an_unknown_name_lists_what_there_is(store: str) -> None:
