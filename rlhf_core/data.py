@@ -87,7 +87,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except json.JSONDecodeError:
+                    except (ValueError, RecursionError):  # no JSON, too deep, or a number of thousands of digits
                         yield number, line.rstrip("\n")
     else:
         raise DataError(f"Data file {source} ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet.")

@@ -82,6 +82,12 @@ def test_json_lines_keep_their_line_numbers_over_blank_lines(tmp_path: Path) -> 
     assert list(read_rows(path)) == [(1, {"prompt": "é"}), (3, "{broken"), (4, {"prompt": "b"})]
 
 
+def test_a_line_that_json_chokes_on_comes_as_its_text(tmp_path: Path) -> None:
+    deep, huge = "[" * 100_000, '{"prompt": ' + "1" * 5000 + "}"
+    path = write_lines(tmp_path / "rows.jsonl", [deep, huge, {"prompt": "b"}])
+    assert list(read_rows(path)) == [(1, deep), (2, huge), (3, {"prompt": "b"})]
+
+
 def test_gzip_reads_as_the_plain_file(tmp_path: Path) -> None:
     rows = demonstrations(3)
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
