@@ -127,8 +127,8 @@ def test_a_stopped_flow_leaves_no_process_and_a_killed_run(toy: Path, number: si
         (["serve", "--cron", "every night"], "Found --cron 'every night', expected minute, hour, day, month and week"),
         (["online", "serve", "--cron", "0 25 * * *"], "Found --cron '0 25 * * *', expected minute, hour, day, month"),
         (["online", "serve", "--annotator", "robot"], "Found annotator 'robot', expected people, judge or rule:NAME."),
-        (["serve"], f"rlhf/served is served already (process {os.getpid()}). Stop it with Ctrl-C there, or serve"),
-        (["online", "serve", "weekly"], f"online/weekly-served is served already (process {os.getpid()}). Stop it"),
+        (["serve"], "rlhf/served is served already (process PID). Stop it with Ctrl-C there, or serve"),
+        (["online", "serve", "weekly"], "online/weekly-served is served already (process PID). Stop it"),
     ],
 )
 def test_what_would_fail_every_night_is_told_at_once(toy: Path, command: list[str], message: str) -> None:
@@ -136,7 +136,9 @@ def test_what_would_fail_every_night_is_told_at_once(toy: Path, command: list[st
     option = "--server-port" if "online" in command else "--port"
     port = free_port()
     with serving_lock(toy, "rlhf/served" if command == ["serve"] else "online/weekly-served"):
-        assert refusal(toy, *command, option, str(port)).startswith(f"Error: {message}")
+        assert refusal(toy, *command, option, str(port)).startswith(
+            "Error: " + message.replace("PID", str(os.getpid()))
+        )
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)  # no server is left behind
     assert (toy / "params.yaml").read_bytes() == before
