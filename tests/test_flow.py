@@ -1,6 +1,5 @@
 """flows/rlhf.py: the real flow, Prefect's server, DVC and MLflow around a workspace of five scripts."""
 
-import contextlib
 import datetime
 import importlib
 import json
@@ -136,9 +135,8 @@ def test_what_would_fail_every_night_is_told_at_once(toy: Path, command: list[st
     option = "--server-port" if "online" in command else "--port"
     port = free_port()
     with serving_lock(toy, "rlhf/served" if command == ["serve"] else "online/weekly-served"):
-        assert refusal(toy, *command, option, str(port)).startswith(
-            "Error: " + message.replace("PID", str(os.getpid()))
-        )
+        told = refusal(toy, *command, option, str(port))
+        assert told.startswith("Error: " + message.replace("PID", str(os.getpid())))
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)  # no server is left behind
     assert (toy / "params.yaml").read_bytes() == before
@@ -156,13 +154,12 @@ def test_another_projects_server_is_not_taken_for_ones_own(toy: Path, command: l
 
 def refusal(folder: Path, *arguments: str) -> str:
     """The one message that a command ends with."""
-    refused = rlhf(folder, *arguments, start_new_session=True)
+    refused = rlhf(folder, *arguments)
     try:
         out, log = refused.communicate(timeout=120)
-    finally:  # one that was not refused would serve on
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(refused.pid, signal.SIGKILL)
-        refused.wait()
+    finally:
+        refused.send_signal(signal.SIGINT)  # one that was not refused would serve on, and its server too
+        refused.wait(timeout=60)
     assert refused.returncode == 1, log
     assert "Traceback" not in out + log
     return log.strip().splitlines()[-1]
