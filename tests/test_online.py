@@ -44,6 +44,7 @@ FILES = ("dvc.yaml", "params.yaml", "constitution.yaml", ".dvcignore", "pyprojec
 # So that three rounds can be told to be better on 106 prompts: answers of about eight tokens that may become shorter, a
 # reward model that mostly sees what was judged, and a PPO that goes far in few updates.
 SET = {
+    "prepare.max_prompts": 0,
     "reward.members": 2,
     "reward.learning_rate": 0.002,
     "reward.weights": "{rule: 3, human: 3, ai: 0.3}",
