@@ -241,10 +241,11 @@ def test_the_intervals_of_win_rates_cover_their_truths(prompts: int) -> None:
         ids = np.repeat(np.arange(prompts), 2).tolist()
         plain = win_rate(won, ids, samples=500, seed=run)
         hits += plain.low <= truth <= plain.high
-        found = length_controlled_win_rate(won, differences, ids, samples=500, seed=run)
-        controlled_hits += found.low <= sigmoid(at_zero) <= found.high
+        if run % 4 == 0:  # it takes ten times as long
+            found = length_controlled_win_rate(won, differences, ids, samples=500, seed=run)
+            controlled_hits += found.low <= sigmoid(at_zero) <= found.high
     assert hits / runs == pytest.approx(0.94, abs=0.015)
-    assert controlled_hits / runs == pytest.approx(0.94, abs=0.015)
+    assert controlled_hits / (runs // 4) == pytest.approx(0.94, abs=0.03)  # three standard errors of 500 runs
 
 
 def test_controlled_interval_is_that_of_refits_on_resampled_rows() -> None:
