@@ -17,7 +17,7 @@ help: ## this list
 run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → dpo → evaluate
 	@$(BIN)/rlhf run
 
-tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in a minute or two
+tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in about a minute
 	@$(BIN)/rlhf run --recipe tiny
 
 test: room ## lint, types, tests

@@ -58,7 +58,7 @@ def about() -> None:
 
     A first hour:
 
-    - `rlhf run --recipe tiny` takes a random two-layer model through all stages, in a minute or two
+    - `rlhf run --recipe tiny` takes a random two-layer model through all stages, in about a minute
     - `rlhf run` does it with the real model, and prints base, SFT and PPO side by side
     - `rlhf chat ppo` lets you talk to the result
     - `rlhf run -S ppo.kl_coef=0.1` changes one value and runs only what hangs on it
