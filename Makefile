@@ -14,7 +14,7 @@ export DVC_NO_ANALYTICS ?= 1
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
-run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → dpo → evaluate
+run: $(VENV)/.installed ## install, then prepare → sft → reward → ppo → dpo → evaluate → people
 	@$(BIN)/rlhf run
 
 tiny: $(VENV)/.installed ## the same flow with a random two-layer model, in about a minute

@@ -188,15 +188,9 @@ def _copy_code(folder: Path, project: Path) -> None:
 
 
 def for_people(campaign: Campaign, guideline: str | None, axes: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The guideline's file that people judge by and the axes that they score on: those given are kept for later starts.
-
-    Raises:
-        MissingArtifact: there is no such file.
-    """
+    """The guideline's file that people judge by and the axes that they score on; those given are kept for later."""
     text, scored = campaign.folder / GUIDELINE, campaign.folder / AXES
     if guideline:
-        if not Path(guideline).is_file():
-            raise MissingArtifact(f"Found no guideline {guideline}, expected a Markdown file.")
         write_text(text, Path(guideline).read_text(encoding="utf-8"))
     if axes:
         write_json(scored, list(axes))
@@ -307,6 +301,7 @@ def with_stages(folder: Path, added: str | None) -> str:
     if added is None:
         return text
     whole = yaml.safe_load(text)
+    del whole["stages"]["people"]  # `rlhf people` asks about the pipeline's own answers only
     more = yaml.safe_load((folder / added).read_text(encoding="utf-8"))
     for name, parts in more["stages"].items():
         if name not in whole["stages"]:

@@ -42,7 +42,7 @@ Address = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Where people reach pages that you serve yourself with rlhf feedback."),
 ]
-
+PagesPort = Annotated[int, typer.Option(help="Port of the pages for people, if you do not serve them.")]
 Guideline = Annotated[
     str | None,
     typer.Option(
@@ -91,7 +91,7 @@ def run(
     address: Address = None,
     guideline: Guideline = None,
     axes: Axes = "",
-    port: Annotated[int, typer.Option(help="Port of the pages for people, if you do not serve them.")] = 8000,
+    port: PagesPort = 8000,
 ) -> None:
     """Run rounds of a campaign; the first time also round 0, the pipeline itself.
 

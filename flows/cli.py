@@ -43,6 +43,7 @@ Recipe = Annotated[
 InRecipe = Annotated[
     str | None, typer.Option(metavar="NAME", help="In the recipe's workspace, .rlhf/NAME, such as: tiny")
 ]
+RunName = Annotated[str | None, typer.Option(help="What the run is called in MLflow.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start a stage that was stopped from its beginning, not from its checkpoint.")
 ]
@@ -52,7 +53,7 @@ STAGE_NAMES = ", ".join(STAGES)
 
 @app.callback()
 def about() -> None:
-    """Trains a language model from human preferences: **prepare → sft → reward → ppo → dpo → evaluate**.
+    """Trains a language model from human preferences: **prepare → sft → reward → ppo → dpo → evaluate → people**.
 
     Every value stands in params.yaml. DVC decides which stages have to run, Prefect runs them, MLflow records them.
 
@@ -65,7 +66,8 @@ def about() -> None:
     - `rlhf compare HEAD` shows what that changed, and `rlhf ui` opens all runs in MLflow
     - `rlhf frontier` places PPO beside DPO and best-of-n, over all runs
     - `rlhf sweep` weighs two axes against each other, such as helpful and harmless, and draws what can be had of both
-    - `rlhf feedback` lets people judge: is PPO better than SFT, which responses are best
+    - `rlhf people` asks people: is PPO better than SFT? Their word stands in the report beside the gold model's
+    - `rlhf feedback` lets people judge all sorts: which responses are best, what a model should have said
     - `rlhf judge-check` says how far a model could judge in their place
     - `rlhf online` learns on from what they say, in rounds
     - `rlhf constitution` lets the policy revise its own answers by principles
@@ -78,7 +80,7 @@ def run(
     until: Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {STAGE_NAMES}.")] = STAGES[-1],
     force: Annotated[bool, typer.Option("--force", help="Run every stage even if nothing changed.")] = False,
     fresh: Fresh = False,
-    name: Annotated[str | None, typer.Option(help="What the run is called in MLflow.")] = None,
+    name: RunName = None,
     retries: Annotated[int, typer.Option(min=0, max=10, help="How often a stage that crashed is started again.")] = 1,
     recipe: Recipe = None,
 ) -> None:
@@ -102,6 +104,48 @@ def run(
     from flows.rlhf import rlhf
 
     rlhf(overrides=overrides or [], until=until, force=force, fresh=fresh, run_name=name, retries=retries)
+
+
+@app.command()
+def people(
+    overrides: Overrides = None,
+    hours: campaigns.Hours = 72.0,
+    judgements: campaigns.Judgements = None,
+    overlap: campaigns.Overlap = 1,
+    address: campaigns.Address = None,
+    guideline: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What people judge by, in Markdown; the one that ships if none.")
+    ] = None,
+    port: campaigns.PagesPort = 8000,
+    name: RunName = None,
+    recipe: Recipe = None,
+) -> None:
+    """Have people compare held-out answers of two policies, blind, and put their word beside the gold model's.
+
+    Brings all stages up to date first, as `rlhf run` does. Then it prints where to judge, one pair a prompt, and the
+    run is paused on Prefect's pages (`rlhf prefect-ui`). It goes on when all are judged, when `--judgements` are, or
+    after `--hours`; Ctrl-C and later the same command goes on where it was. The report and MLflow then have people's
+    win rate, and how far they and the gold model agree. Whose answers says params.yaml's `people.policies`.
+
+    - `rlhf people --hours 24 --overlap 2` has two people judge each pair, for a day at most
+    - `rlhf people -S people.policies=[ppo,base]`
+    """
+    project = find_root()
+    if missing := preflight.problems(str(project), light=bool(recipe)):
+        raise ResourceError("\n".join(missing))
+    guideline = guideline and str(Path(guideline).resolve())
+    from flows.server import use_server
+
+    if recipe:
+        _enter_recipe(recipe, project)
+    use_server(project, meanwhile=_load_tools)
+    from flows.people import Waiting
+    from flows.rlhf import rlhf
+
+    waiting = Waiting(
+        judgements=judgements, overlap=overlap, hours=hours, address=address, guideline=guideline, port=port
+    )
+    rlhf(overrides=overrides or [], run_name=name, people=waiting)
 
 
 @app.command()

@@ -7,10 +7,8 @@ how the flow waits for people in waiting.py.
 """
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import chdir
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +17,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flows.campaign import (
     ANSWERS,
@@ -41,8 +39,9 @@ from flows.campaign import (
     read_rows,
     words,
 )
+from flows.people import Asked, Waiting, ask, settle
 from flows.rlhf import bring_up_to_date
-from flows.waiting import StoppedByHand, close_lost_run, pages, wait_for_people
+from flows.waiting import StoppedByHand, close_lost_run
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.feedback.annotators import Annotator, Item, Judgement, rule
@@ -53,40 +52,6 @@ from tasks.stage import check_disk, write_json, write_text
 from tasks.tracking import pipeline_run, write_summary
 
 PEOPLE, JUDGE = "people", "judge"
-
-
-class Waiting(BaseModel):
-    """How long the flow waits for people, and where they judge."""
-
-    model_config = ConfigDict(extra="forbid")
-    judgements: int | None = Field(
-        None, ge=1, title="Judgements", description="Go on after so many; when all items are judged if empty."
-    )
-    overlap: int = Field(1, ge=1, le=20, title="Overlap", description="How many people judge each item.")
-    hours: float = Field(
-        72.0, gt=0, title="Hours", description="Go on after so many hours with what there is, counted from the start."
-    )
-    address: str | None = Field(
-        None,
-        title="Address",
-        description="Where people reach the pages of rlhf feedback that you serve yourself; the flow serves them on "
-        "this machine if empty.",
-    )
-    port: int = Field(8000, ge=1, le=65535, title="Port", description="Port of the pages that the flow serves.")
-    database: str | None = Field(
-        None, title="Database", description="Of rlhf feedback: a file or a URL; .rlhf/feedback.db if empty."
-    )
-    guideline: str | None = Field(
-        None,
-        title="Guideline",
-        description="A Markdown file that people judge by; what was given last, or the one that ships, if empty.",
-    )
-    axes: list[str] = Field(
-        [],
-        title="Axes",
-        description="What people score each answer on too, from 1 to 5; what was given last, or reward.axes, if empty.",
-    )
-    seconds: float = Field(5.0, gt=0, title="Look every", description="Seconds between two looks at the count.")
 
 
 @flow(name="online", persist_result=False)
@@ -120,12 +85,7 @@ def online(
         project = find_root()
         if project.parent.name == ".rlhf":  # the flow was started in a workspace
             project = project.parents[1]
-        waiting = waiting.model_copy(update={"database": _database(waiting.database, project)})
-        if waiting.address and waiting.guideline:
-            raise ConfigError(
-                "Found --guideline with --address: pages that you serve yourself show the guideline that they were "
-                "given, `rlhf feedback --guideline FILE`. Leave it out here."
-            )
+        waiting = settle(waiting, project)
         campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides, in_rounds=in_rounds)
         guideline, axes = for_people(campaign, waiting.guideline, waiting.axes)
         waiting = waiting.model_copy(update={"guideline": guideline, "axes": axes})
@@ -147,14 +107,6 @@ def online(
         return Failed(message=str(error), data=error)
     promoted = max(decision["round"] for decision in decisions if decision["promoted"])
     return Completed(message=f"Round {len(decisions) - 1} is over; the current policy is that of round {promoted}.")
-
-
-def _database(named: str | None, project: Path) -> str:
-    """Where judgements are kept: a relative name is one in the project's folder, where `rlhf feedback` is served."""
-    from rlhf_core.feedback.store import located
-
-    named = named or os.environ.get("RLHF_FEEDBACK_DATABASE")
-    return located(named, project) if named else str(record_folder(project) / "feedback.db")
 
 
 def _take_over(campaign: Campaign) -> None:
@@ -355,63 +307,10 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
     write_json(file, rows)
 
 
-class Asked:
-    """An open database of judgements, the keys of the items that people were asked about, and when that began."""
-
-    def __init__(self, store: Any, keys: list[str], mark: Path) -> None:
-        self.store, self.keys, self.mark = store, keys, mark
-
-    def forget(self) -> None:
-        """Nothing came of it: the next start asks and waits anew."""
-        self.mark.unlink()
-
-
 def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) -> Asked:
-    """Open items on the pages and wait; a flow that was killed waits on until the same deadline."""
-    from rlhf_core.feedback import rounds
-    from rlhf_core.feedback.exchange import add_items
-    from rlhf_core.feedback.store import open_store
-
-    assert waiting.database, "the flow says where judgements are kept"
-    store, keys, log = open_store(waiting.database), [item.key() for item in items], get_run_logger()
     mark = campaign.folder / ".rlhf" / f"opened {what}"
-    with store.session() as session:
-        axes = waiting.axes or load_round_params(campaign).reward.axes  # asked of rankings only
-        add_items(session, items, overlap=waiting.overlap, axes=axes)
-        rounds.open_again(session, keys, overlap=waiting.overlap)
-        if not mark.is_file():
-            rounds.ask_again(session, keys)
-
-    def look() -> rounds.Count:
-        with store.session() as session:
-            return rounds.count(session, keys, overlap=waiting.overlap)
-
-    if not mark.is_file():
-        write_text(mark, datetime.now(UTC).isoformat())
-    deadline = datetime.fromisoformat(mark.read_text(encoding="utf-8")) + timedelta(hours=waiting.hours)
-    page = "rank" if items[0].kind == "rank" else "compare"
-    enough = min(waiting.judgements or look().wanted, look().wanted)
-
-    def wait(address: str, tend: Callable[[], None] = lambda: None) -> rounds.Count:
-        return wait_for_people(
-            str(flow_run.get_id()), look, enough=enough, deadline=deadline, link=f"{address.rstrip('/')}/{page}",
-            what=what, every=waiting.seconds, say=log.info, tend=tend,
-        )  # fmt: skip
-
-    if waiting.address:
-        found = wait(waiting.address)
-    else:
-        with pages(waiting.database, port=waiting.port, guideline=waiting.guideline, say=log.info) as served:
-            found = wait(served.address, served.look_after)
-    with store.session() as session:
-        rounds.close(session, keys)
-    asked = Asked(store, keys, mark)
-    if not found.done:
-        asked.forget()
-        raise ConfigError(
-            f"Nobody has judged anything for {what}. Nothing is lost: `rlhf online run {campaign.name}` asks again."
-        )
-    return asked
+    again, axes = f"rlhf online run {campaign.name}", load_round_params(campaign).reward.axes
+    return ask(items, waiting, mark=mark, what=what, again=again, axes=axes)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

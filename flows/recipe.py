@@ -116,6 +116,7 @@ def copy_code(folder: Path, project: Path) -> None:
             shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(project / name, folder / name)
+    (folder / "data/people").mkdir(exist_ok=True)  # what people said of the project's answers is of no use here
 
 
 def init_dvc(folder: Path, *, cache: Path | None = None) -> None:

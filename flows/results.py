@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tasks.files import read_csv
 METRICS = Path("metrics/evaluate.json")
 CURVES = Path("plots/ppo.csv")
 REPORT = Path("artifacts/evaluate/report.html")
+PEOPLE, PEOPLES_REPORT = Path("metrics/people.json"), Path("artifacts/people/report.html")
 NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}  # in the order of columns
 ROWS = {  # key of metrics/evaluate.json → what a reader sees, and its digits
     "reward": ("reward", 2),
@@ -68,12 +69,29 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def markdown(evaluate: Mapping[str, Any]) -> str:
-    """The table and the win rates as markdown."""
+def people_said(root: Path) -> list[str]:
+    """In words what people said of held-out answers, where they were asked, and where the report with it lies."""
+    if not (root / PEOPLES_REPORT).is_file():
+        return []
+    found = json.loads((root / PEOPLE).read_text(encoding="utf-8"))
+    new, current = (NAMES[policy] for policy in load_params(root / "params.yaml").people.policies)
+    rate, low, high, gold, same = (
+        _number(found[name], ".0%")
+        for name in ("win_rate", "win_rate_low", "win_rate_high", "gold_win_rate", "gold_agreement")
+    )
+    return [
+        f"People prefer {new} to {current} in {rate} (95 % interval {low} to {high}; {found['annotators']:.0f} of "
+        f"them, {found['judgements']:.0f} judgements), the gold model in {gold} of the same; they agree in {same}"
+    ]
+
+
+def markdown(evaluate: Mapping[str, Any], people: Sequence[str] = (), report: Path = REPORT) -> str:
+    """The table and the win rates as markdown, and what people said."""
     names = [NAMES[policy] for policy in judged(evaluate)]
     head = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     body = ["| " + " | ".join(row) + " |" for row in table_rows(evaluate)]
-    return "\n".join([*head, *body, "", *(f"- {line}" for line in win_rates(evaluate)), "", f"Report: `{REPORT}`"])
+    said = [f"- {line}" for line in (*win_rates(evaluate), *people)]
+    return "\n".join([*head, *body, "", *said, "", f"Report: `{report}`"])
 
 
 def alarms(root: Path) -> list[str]:
@@ -86,23 +104,31 @@ def alarms(root: Path) -> list[str]:
     return [f"Alarm for reward hacking at {alarm.text()}" for alarm in find_alarms(history, window)]
 
 
-def publish_results(root: Path) -> None:
-    """Print the table and keep it as an artifact of the flow run; nothing where evaluate has not run yet."""
+def publish_results(root: Path, *, people: bool = False) -> None:
+    """Print the table and keep it as an artifact of the flow run; nothing where evaluate has not run yet.
+
+    Args:
+        people: whether stage people is up to date too.
+    """
     if not (root / METRICS).is_file():
         return
     evaluate = json.loads((root / METRICS).read_text(encoding="utf-8"))
-    print_results(evaluate, root / REPORT)
+    said = people_said(root) if people else []
+    report = PEOPLES_REPORT if said else REPORT
+    print_results(evaluate, said, root / report)
     from prefect.artifacts import create_markdown_artifact
 
     if raised := alarms(root):
         print(*raised, sep="\n")
         text = "\n".join(["# Alarm for reward hacking", "", *(f"- {line}" for line in raised)])
         create_markdown_artifact(text, key="rlhf-alarm", description="The reward rose while what it stands for fell")
-    create_markdown_artifact(markdown(evaluate), key="rlhf-results", description="The policies side by side")
+    create_markdown_artifact(
+        markdown(evaluate, said, report), key="rlhf-results", description="The policies side by side"
+    )
 
 
-def print_results(evaluate: Mapping[str, Any], report: Path) -> None:
-    """The table in the terminal, and where the report lies."""
+def print_results(evaluate: Mapping[str, Any], people: Sequence[str], report: Path) -> None:
+    """The table in the terminal, what people said, and where the report lies."""
     from rich.console import Console
     from rich.table import Table
 
@@ -113,6 +139,6 @@ def print_results(evaluate: Mapping[str, Any], report: Path) -> None:
         table.add_row(*row)
     console = Console(file=sys.stdout)
     console.print(table)
-    for line in win_rates(evaluate):
+    for line in (*win_rates(evaluate), *people):
         console.print(line, highlight=False)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)

@@ -1,10 +1,11 @@
-"""The pipeline, START HERE: prepare → sft → reward → ppo → dpo → evaluate, one Prefect task a stage.
+"""The pipeline, START HERE: prepare → sft → reward → ppo → dpo → evaluate → people, one Prefect task a stage.
 
 The task for a stage asks DVC to bring that stage up to date (tasks/pipeline.py). So DVC decides what has to run,
 Prefect when and where, and MLflow remembers what was measured: one parent run for the flow run, one nested run a stage.
 What a stage does is in tasks/<stage>.py, how it learns in rlhf_core/<stage>.py, and every value in params.yaml.
 
-This file leaves out the command line (cli.py), the choice of a Prefect server (server.py) and the table (results.py).
+This file leaves out the command line (cli.py), the choice of a Prefect server (server.py), how people are asked
+(people.py) and the table (results.py).
 """
 
 from typing import Annotated, Any, Literal
@@ -16,13 +17,15 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import Field
 
+from flows.people import Waiting, compare_answers, settle
 from flows.results import publish_results
+from flows.waiting import StoppedByHand
 from rlhf_core.errors import RLHFError
 from tasks.pipeline import STAGES, Outcome, StageFailed, apply_overrides, find_root, run_stage, workspace_lock
 from tasks.stage import check_disk, forget_checkpoints
 from tasks.tracking import pipeline_run
 
-Stage = Literal["prepare", "sft", "reward", "ppo", "dpo", "evaluate"]
+Stage = Literal["prepare", "sft", "reward", "ppo", "dpo", "evaluate", "people"]
 
 
 async def _crashed(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
@@ -49,12 +52,13 @@ def bring_up_to_date(stage: Stage, force: bool, env: dict[str, str]) -> Any:
 @flow(name="rlhf", persist_result=False)
 def rlhf(
     overrides: Annotated[list[str], Field(title="Overrides")] = [],  # noqa: B006  (never changed; the form shows a list)
-    until: Annotated[Stage, Field(title="Last stage")] = "evaluate",
+    until: Annotated[Stage, Field(title="Last stage")] = "people",
     force: Annotated[bool, Field(title="Run again")] = False,
     fresh: Annotated[bool, Field(title="Start over")] = False,
     run_name: Annotated[str | None, Field(title="Name")] = None,
     retries: Annotated[int, Field(title="Retries", ge=0, le=10)] = 1,
     stage_minutes: Annotated[float | None, Field(title="Time limit", gt=0)] = None,
+    people: Annotated[Waiting | None, Field(title="People compare")] = None,
 ) -> Any:
     """Bring every stage up to date, in order, and compare the base, SFT and PPO policies.
 
@@ -66,9 +70,11 @@ def rlhf(
         run_name: What the run is called in MLflow; the flow run's own name if empty.
         retries: How often a stage that crashed is started again.
         stage_minutes: Minutes that one stage may take before it is ended; no limit if empty.
+        people: How to wait for people who compare answers of two policies, blind; they are not asked if empty.
     """
     try:
         root = find_root()
+        waiting = settle(people, root.parents[1] if root.parent.name == ".rlhf" else root) if people else None
         with workspace_lock(root):
             # Before params.yaml is changed, and before DVC starts a stage and removes what its last run wrote.
             check_disk(root)
@@ -80,12 +86,16 @@ def rlhf(
             with pipeline_run(run_name or str(flow_run.get_name()), {"rlhf.flow_run_id": flow_run_id}) as parent:
                 env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": flow_run_id}
                 for stage in STAGES[: STAGES.index(until) + 1]:
+                    if stage == "people" and waiting:
+                        compare_answers(waiting, root=root)
                     one = bring_up_to_date.with_options(
                         name=stage, task_run_name=stage, retries=retries, timeout_seconds=limit
                     )
                     one(stage, force, env, return_state=True).result()  # raises what the stage failed with
-            if until == STAGES[-1]:
-                publish_results(root)
+            if until in ("evaluate", "people"):
+                publish_results(root, people=until == "people")
+    except StoppedByHand as stopped:
+        return stopped.state()
     except RLHFError as error:  # one clear message; a traceback would say less
         return Failed(message=str(error), data=error)
     return Completed(message=f"Stages up to {until} are up to date.")

@@ -492,6 +492,23 @@ class Constitution(Section):
     critique_tokens: int = Field(ge=2, description="Longest critique that a critic writes. Tokens.")
 
 
+class People(Section):
+    """Whose held-out answers people compare, blind, when `rlhf people` asks them."""
+
+    seed: int = Field(ge=0, description="Seeds the bootstrap of its intervals.")
+    policies: tuple[Literal["base", "sft", "ppo", "dpo"], Literal["base", "sft", "ppo", "dpo"]] = Field(
+        description="Two different ones; the win rate is the first one's."
+    )
+    bootstrap_samples: int = Field(ge=100, description="Resamples of prompts for the win rates' 95 % intervals.")
+
+    @field_validator("policies")
+    @classmethod
+    def _two(cls, policies: tuple[str, str]) -> tuple[str, str]:
+        if policies[0] == policies[1]:
+            raise ValueError(f"found {policies[0]} twice, expected two different policies")
+        return policies
+
+
 class Gate(Section):
     """When a round's policy becomes the current one. All limits have to be kept."""
 
@@ -529,6 +546,7 @@ class Params(Section):
     ppo: PPO
     dpo: DPO
     evaluate: Evaluate
+    people: People
     judge: Judge
     preferences: Preferences
     gate: Gate

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_core.agreement import judged_so_far, mean_interval
-from rlhf_core.config import Gate
+from rlhf_core.config import Gate, People
 from rlhf_core.data import parse_prompt
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.records import Message
@@ -71,17 +71,20 @@ class Verdict(NamedTuple):
     metrics: dict[str, float]
 
 
-def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], policy: str) -> list[Pair]:
+def pair_answers(
+    new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], policy: str, against: str | None = None
+) -> list[Pair]:
     """Every sampled answer of the new policy beside every one of the current policy to its prompt.
 
     Args:
         new, current: rows of stage evaluate's answers.jsonl.
-        policy: whose rows count in both, such as "ppo".
+        policy: whose rows count in the first, such as "ppo".
+        against: whose rows count in the second; the same if None.
 
     Raises:
         DataError: they share no prompt.
     """
-    ours, theirs = _sampled(new, policy), _sampled(current, policy)
+    ours, theirs = _sampled(new, policy), _sampled(current, against or policy)
     pairs = [
         Pair(
             prompt,
@@ -95,7 +98,7 @@ def pair_answers(new: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str
         for a, b in product(ours[prompt], theirs.get(prompt, ()))
     ]
     if not pairs:
-        raise DataError(f"The answers of the new and the current policy {policy} share no prompt.")
+        raise DataError(f"The answers of {policy} and of what it is compared with share no prompt.")
     return pairs
 
 
@@ -155,7 +158,7 @@ def rates(
     wins: Sequence[float],
     longer: Sequence[float],
     prompts: Sequence[Hashable],
-    config: Gate,
+    config: Gate | People,
     *,
     peeked: bool = False,
 ) -> Rates:
@@ -182,7 +185,7 @@ def _prompt_means(wins: Sequence[float], prompts: Sequence[Hashable]) -> list[fl
     return [sum(part) / len(part) for part in by_prompt.values()]
 
 
-def gold_rates(pairs: Sequence[Pair], config: Gate) -> Rates:
+def gold_rates(pairs: Sequence[Pair], config: Gate | People) -> Rates:
     """Those by the gold model."""
     return rates([one.gold for one in pairs], [one.longer for one in pairs], [one.prompt for one in pairs], config)
 

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from rlhf_core.agreement import krippendorff_alpha, table
 from rlhf_core.config import Gate
+from rlhf_core.config import People as Config
 from rlhf_core.data import parse_prompt
 from rlhf_core.gate import Pair, Rates, in_percent, rates
 from rlhf_core.records import Message
@@ -39,12 +40,12 @@ class People(NamedTuple):
         rest = {"alpha": self.alpha, "new_first": self.new_first, "chose_first": self.chose_first}
         return {**found, **{name: value for name, value in rest.items() if value is not None}}
 
-    def lines(self) -> list[str]:
-        """As a Markdown table."""
-        lines = ["| the new policy's win rate, on the answers that people saw | |", "|---|---|"]
-        return lines + [f"| {what} | {value} |" for what, value in self.rows()]
+    def lines(self, new: str = "the new policy") -> list[str]:
+        """As a Markdown table; `new` says whose win rate it is."""
+        lines = [f"| win rate of {new}, on the answers that people saw | |", "|---|---|"]
+        return lines + [f"| {what} | {value} |" for what, value in self.rows(new)]
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self, new: str) -> list[tuple[str, str]]:
         """What it is, and its value."""
         found = [
             (f"by people ({self.annotators}, {self.judgements} judgements)", in_percent(self.rates.plain)),
@@ -58,7 +59,7 @@ class People(NamedTuple):
             ),
         ]
         if self.new_first is not None:
-            found.append(("the new policy's answer stood first", f"{self.new_first:.0%}"))
+            found.append((f"what {new} said stood first", f"{self.new_first:.0%}"))
         if self.chose_first is not None:
             found.append(("people chose what stood first", f"{self.chose_first:.0%}"))
         return found
@@ -79,20 +80,26 @@ ROW = Markup('  <tr><th scope="row">{}</th><td>{}</td></tr>')
 LINK, PLACE = '<a href="#policies">', '<section id="policies">'  # of the report, before which people's part stands
 
 
-def in_report(page: str, people: People, number: int) -> str:
-    """Stage evaluate's report with what people said of a round, which is known after it only."""
+def in_report(page: str, people: People, new: str, current: str) -> str:
+    """Stage evaluate's report with what people said, which is known after it only.
+
+    Args:
+        new, current: whose answers they compared, such as "PPO" and "SFT".
+    """
     lead = (
-        f"Blind, and on sides drawn anew for each person and pair, people compared the answers of round {number}'s "
-        f"policy with the current one's. They prefer the new one in {in_percent(people.rates.plain)}, over prompts, "
-        "by an interval that holds whenever one looks and stops; a tie and both bad count half."
+        f"Blind, and on sides drawn anew for each person and pair, people compared what {new} and {current} answered. "
+        f"They prefer {new} in {in_percent(people.rates.plain)}, over prompts, by an interval that holds whenever one "
+        "looks and stops; a tie and both bad count half."
     )
-    rows = Markup("\n").join(ROW.format(what[:1].upper() + what[1:], value) for what, value in people.rows())
+    rows = Markup("\n").join(ROW.format(what[:1].upper() + what[1:], value) for what, value in people.rows(new))
     assert page.count(LINK) == page.count(PLACE) == 1, "the report has one section of policies"
     page = page.replace(LINK, f'<a href="#people">People</a>{LINK}')
     return page.replace(PLACE, str(SECTION.format(lead=lead, rows=rows)) + PLACE)
 
 
-def people_beside_gold(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], config: Gate) -> People | None:
+def people_beside_gold(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], config: Gate | Config
+) -> People | None:
     """Compare; None where nobody judged any of the pairs. Several judgements of a pair count as their mean.
 
     Args:

@@ -48,7 +48,8 @@ def main() -> None:
         metrics: dict[str, Any] = dict(verdict.metrics)
         if people is not None:
             metrics["people"] = people.metrics()
-            page = in_report(REPORT.read_text(encoding="utf-8"), people, run.params.preferences.round)
+            new = f"the policy of round {run.params.preferences.round}"
+            page = in_report(REPORT.read_text(encoding="utf-8"), people, new, "the current one")
             write_text(FOLDER / "report.html", page)
         write_json(FOLDER / "verdict.json", {"promoted": verdict.promoted, "checks": _checks(verdict)})
         write_text(FOLDER / "report.md", report(verdict, people, run.params.preferences.round, config))

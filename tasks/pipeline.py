@@ -31,7 +31,7 @@ from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFEr
 from tasks.environment import PUTS_BACK
 from tasks.mending import mend
 
-STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate")
+STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate", "people")
 PARAMS = "params.yaml"
 LOCK = ".rlhf/flow.lock"
 LOCK_PATIENCE_SECONDS = 10.0  # DVC's own repository lock is held for moments, unless another command works long

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from toy import PROJECT
 
 from flows import campaign as campaigns
-from flows import online
+from flows import online, people
 from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_round, open_campaign, overview, words
 from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
@@ -335,7 +335,8 @@ def test_a_round_in_which_nothing_was_ranked_is_asked_about_again(
             judging.submit(session, me, judging.Submission(**sent, ranks=ranks), version)
         return look()
 
-    monkeypatch.setattr(online, "wait_for_people", judged)
+    monkeypatch.setattr(people, "wait_for_people", judged)
+    monkeypatch.setattr(people, "get_run_logger", lambda: logging.getLogger("test"))
     monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
     run_round(campaign)
     begin_round(campaign)
@@ -370,7 +371,7 @@ def test_the_guideline_and_the_axes_that_were_given_last_are_kept(campaign: Camp
         assert campaigns.for_people(open_campaign("try", project=project_of(campaign)), None, []) == (kept, scored)
         assert (Path(kept or "").read_text(), scored) == (text, axes)
     with pytest.raises(MissingArtifact, match=r"Found no guideline .*mine\.md, expected a Markdown file"):
-        campaigns.for_people(campaign, str(file), [])
+        people.settle(people.Waiting(guideline=str(file)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -383,8 +384,8 @@ def test_people_are_asked_for_scores_on_the_axes(
     values = yaml.safe_load((campaign.folder / "params.yaml").read_text())
     values["reward"]["axes"] = of_reward
     write_text(campaign.folder / "params.yaml", yaml.safe_dump(values))
-    monkeypatch.setattr(online, "wait_for_people", lambda _, look, **options: look()._replace(done=1))
-    monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(people, "wait_for_people", lambda _, look, **options: look()._replace(done=1))
+    monkeypatch.setattr(people, "get_run_logger", lambda: logging.getLogger("test"))
     database = tmp_path / "feedback.db"
     waiting = online.Waiting(database=str(database), address="http://judge.example", axes=given)
     online._ask(campaign, 1, [ITEM], waiting)
@@ -421,7 +422,8 @@ def test_what_was_judged_after_its_round_had_ended_is_taken_into_the_next_one_on
         rank(local, look(local))
         return count()
 
-    monkeypatch.setattr(online, "wait_for_people", judged)
+    monkeypatch.setattr(people, "wait_for_people", judged)
+    monkeypatch.setattr(people, "get_run_logger", lambda: logging.getLogger("test"))
     monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("test"))
     waiting = online.Waiting(database=str(tmp_path / "feedback.db"), address="http://judge.example", overlap=2)
     run_round(campaign)

@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 README = PROJECT / "README.md"
 DOCS = sorted((PROJECT / "docs").rglob("*.md"))
 PAGES = [README, PROJECT / "CHANGELOG.md", *DOCS]
-STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate")
+STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate", "people")
 TIMINGS = ("_per_second",)  # recorded in MLflow only
 
 # What a placeholder of docs/metrics.md stands for.
@@ -141,8 +141,8 @@ OPTIONAL = (
 
 
 def optional(name: str) -> bool:
-    """Whether a metric is logged only where params.yaml asks for it."""
-    return name in OPTIONAL or "<axis>" in name or "<member>" in name
+    """Whether a metric is logged only where params.yaml, or somebody who had people asked, wanted it."""
+    return name in OPTIONAL or "<axis>" in name or "<member>" in name or name.startswith("people/")
 
 
 def below(prefixes: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -204,7 +204,7 @@ def logged_finals() -> set[str]:
     names |= below(["safety/<who>_vs_before"], shares)
     rates = Rates(Interval(0, 0, 0), Interval(0, 0, 0)).metrics
     names |= below(["gate"], {*rates(), *rates("gold_")}.union(*words("rlhf_core/gate.py", "judge_round")))
-    return names | below(["gate/people"], set(rates()).union(*words("rlhf_core/people.py", "metrics")))
+    return names | below(["people", "gate/people"], set(rates()).union(*words("rlhf_core/people.py", "metrics")))
 
 
 # ---- metrics: what docs/metrics.md has

@@ -312,7 +312,7 @@ def test_the_report_shows_what_people_said_and_nothing_else_changes() -> None:
     page = '<nav><a href="#policies">Policies</a></nav><section id="policies">\n</section>'
     found = people_beside_gold([said("<kim>", pair, (1, 2)) for pair in pairs(4, 0)], pairs(4, 0), CONFIG)
     assert found is not None
-    shown = in_report(page, found, 3)
+    shown = in_report(page, found, "round 3's policy", "the current one")
     assert '<nav><a href="#people">People</a><a href="#policies">' in shown
     assert "round 3&#39;s policy" in shown
     assert '<tr><th scope="row">By people (1, 4 judgements)</th><td>100% (28% to 100%)</td></tr>' in shown
