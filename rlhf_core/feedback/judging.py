@@ -284,13 +284,17 @@ def _open_items(*, one: bool) -> Select[tuple[int, str, datetime]]:
 
 
 def _all() -> Select[tuple[int, int, int]]:
-    """Of a kind: judgements given, of each item as many as wanted at most; wanted; and items open to this person."""
+    """Of a kind: judgements given, of each item as many as wanted at most; wanted; and items open to this person.
+
+    Of an item that was closed, such as a round's after its end, as many are wanted as it has.
+    """
     given = _count_by_item()
     number = func.coalesce(given.c.number, 0)
+    wanted = case((Item.overlap == 0, number), else_=Item.overlap)
     return (
         select(
-            func.sum(case((number < Item.overlap, number), else_=Item.overlap)),
-            func.sum(Item.overlap),
+            func.sum(case((number < wanted, number), else_=wanted)),
+            func.sum(wanted),
             func.sum(case((_open_to_me(number), 1), else_=0)),
         )
         .outerjoin(given, given.c.item_id == Item.id)

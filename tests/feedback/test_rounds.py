@@ -47,6 +47,18 @@ def test_only_the_rounds_own_judgements_count(store: Store, keys: list[str], bro
     assert counted(store, keys).done + counted_of_others(store, keys) == 8
 
 
+def test_what_was_judged_of_a_round_that_is_over_is_still_told(
+    store: Store, keys: list[str], browser: Callable[..., Person]
+) -> None:
+    kim = browser("kim")
+    for number in range(9):
+        kim.judge(client_id=f"kim-{number:08}")
+    assert "yours 9 · all 9 of 18 · left for you today 0" in kim.get("/").text
+    with store.session() as session:
+        rounds.close(session, keys)
+    assert "yours 9 · all 9 of 15 · left for you today 0" in kim.get("/").text
+
+
 def counted_of_others(store: Store, keys: list[str]) -> int:
     with store.session() as session:
         return len(list(exchange.export_rankings(session))) - len(rounds.rankings(session, keys))
