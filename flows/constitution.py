@@ -26,6 +26,7 @@ from flows.results import publish_results
 from flows.rlhf import bring_up_to_date
 from rlhf_core.config import check_params
 from rlhf_core.errors import RLHFError
+from tasks.environment import project_of
 from tasks.pipeline import find_root, workspace_lock
 from tasks.stage import check_disk, write_text
 from tasks.tracking import pipeline_run
@@ -56,9 +57,7 @@ def constitution(
         retries: How often a stage that crashed is started again.
     """
     try:
-        project = find_root()
-        if project.parent.name == ".rlhf":  # the flow was started in a workspace
-            project = project.parents[1]
+        project = project_of(find_root())  # the flow may be started in a workspace
         folder = open_workspace(name, KIND, project=project, recipe=recipe, overrides=overrides)
         with chdir(folder), workspace_lock(folder):
             check_disk(folder)

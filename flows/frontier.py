@@ -20,6 +20,7 @@ from flows.rlhf import bring_up_to_date
 from flows.sweeps import OWN, SHARED, Sweep, as_table, begin_point, open_sweep, write_frontier
 from rlhf_core.errors import RLHFError
 from rlhf_core.pareto import verdicts
+from tasks.environment import project_of
 from tasks.lineage import save_experiment
 from tasks.pipeline import Outcome, find_root, workspace_lock
 from tasks.stage import check_disk
@@ -52,9 +53,7 @@ def sweep(
         retries: How often a stage that crashed is started again.
     """
     try:
-        project = find_root()
-        if project.parent.name == ".rlhf":  # the flow was started in a workspace
-            project = project.parents[1]
+        project = project_of(find_root())  # the flow may be started in a workspace
         found = open_sweep(
             name, project=project, axes=axes, weights=weights, limits=limits, recipe=recipe, overrides=overrides
         )

@@ -39,16 +39,16 @@ from flows.campaign import (
     read_rows,
     words,
 )
-from flows.people import Asked, Waiting, ask, settle
+from flows.people import Asked, Waiting, ask, settle, take_over
 from flows.rlhf import bring_up_to_date
-from flows.waiting import StoppedByHand, close_lost_run
+from flows.waiting import StoppedByHand
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.feedback.annotators import Annotator, Item, Judgement, rule
-from tasks.environment import record_folder
+from tasks.environment import project_of, record_folder
 from tasks.files import write_jsonl
 from tasks.pipeline import find_root, version_data, workspace_lock
-from tasks.stage import check_disk, write_json, write_text
+from tasks.stage import check_disk, write_json
 from tasks.tracking import pipeline_run, write_summary
 
 PEOPLE, JUDGE = "people", "judge"
@@ -82,9 +82,7 @@ def online(
     """
     try:
         check_annotator(annotator or PEOPLE)  # a wrong name is told now, and not after an hour of sampling
-        project = find_root()
-        if project.parent.name == ".rlhf":  # the flow was started in a workspace
-            project = project.parents[1]
+        project = project_of(find_root())  # the flow may be started in a workspace
         waiting = settle(waiting, project)
         campaign = open_campaign(name, project=project, recipe=recipe, overrides=overrides, in_rounds=in_rounds)
         guideline, axes = for_people(campaign, waiting.guideline, waiting.axes)
@@ -93,7 +91,7 @@ def online(
             check_disk(campaign.folder)
             who = annotator or load_params("campaign.yaml").preferences.annotator
             check_annotator(who)
-            _take_over(campaign)
+            take_over(campaign.folder)
             last = until if until is not None else max(campaign.next_round() - 1, 0) + rounds
             while campaign.next_round() <= last:
                 _run_round(campaign, who, waiting, retries)
@@ -107,14 +105,6 @@ def online(
         return Failed(message=str(error), data=error)
     promoted = max(decision["round"] for decision in decisions if decision["promoted"])
     return Completed(message=f"Round {len(decisions) - 1} is over; the current policy is that of round {promoted}.")
-
-
-def _take_over(campaign: Campaign) -> None:
-    """Nobody else works here, since we hold the lock: a flow run that seems to do so was killed."""
-    mark, own = campaign.folder / ".rlhf" / "flow_run", str(flow_run.get_id())
-    if mark.is_file() and (lost := mark.read_text(encoding="utf-8").strip()) != own:
-        close_lost_run(lost, successor=str(flow_run.get_name()))
-    write_text(mark, own)
 
 
 def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: int) -> None:
@@ -301,6 +291,7 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
             with found.store.session() as session:
                 for said in comparisons(session, found.keys):
                     _, row = items[said["item"]]  # its texts as the gate knows them, which a database may not take
+                    del said["id"]  # of the same judgements another round has the same bytes
                     rows.append({**said, "prompt": row["prompt"], "responses": row["responses"]})
         else:
             get_run_logger().info(f"Nothing to ask for {what}: both policies gave the same answers")
@@ -308,7 +299,7 @@ def _compare(campaign: Campaign, number: int, waiting: Waiting) -> None:
 
 
 def _wait(campaign: Campaign, items: list[Any], waiting: Waiting, *, what: str) -> Asked:
-    mark = campaign.folder / ".rlhf" / f"opened {what}"
+    mark = campaign.folder / ".rlhf" / f"asked {what}.json"
     again, axes = f"rlhf online run {campaign.name}", load_round_params(campaign).reward.axes
     return ask(items, waiting, mark=mark, what=what, again=again, axes=axes)
 

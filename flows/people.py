@@ -3,6 +3,7 @@
 What rounds ask is in online.py; `compare_answers` asks about the pipeline's own answers, for stage people.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,15 +15,17 @@ from prefect import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.waiting import pages, wait_for_people
+from flows.waiting import close_lost_run, pages, wait_for_people
 from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 from rlhf_core.feedback import rounds
 from rlhf_core.feedback.exchange import Found, add_items
 from rlhf_core.feedback.store import Store, located, open_store
-from tasks.environment import record_folder
+from tasks.environment import project_of, record_folder
 from tasks.files import write_jsonl
-from tasks.stage import write_text
+from tasks.stage import write_json, write_text
+
+ASKED = "asked the comparison of "  # marks of `compare_answers`, in .rlhf
 
 
 class Waiting(BaseModel):
@@ -49,12 +52,13 @@ class Waiting(BaseModel):
     guideline: str | None = Field(
         None,
         title="Guideline",
-        description="A Markdown file that people judge by; what was given last, or the one that ships, if empty.",
+        description="A Markdown file that people judge by; if empty the one that ships, or that a campaign had last.",
     )
     axes: list[str] = Field(
         [],
         title="Axes",
-        description="What people score each answer on too, from 1 to 5; what was given last, or reward.axes, if empty.",
+        description="What people score each answer of a round on too, from 1 to 5; if empty what the campaign had "
+        "last, or reward.axes.",
     )
     seconds: float = Field(5.0, gt=0, title="Look every", description="Seconds between two looks at the count.")
 
@@ -68,6 +72,18 @@ class Asked:
     def forget(self) -> None:
         """Nothing came of it: the next start asks and waits anew."""
         self.mark.unlink()
+
+
+class NobodyJudged(ConfigError):
+    """The time is over, and nothing was judged."""
+
+
+def take_over(folder: Path) -> None:
+    """Nobody else works here, since we hold the lock: a flow run that seems to wait here was killed."""
+    mark, own = folder / ".rlhf" / "flow_run", str(flow_run.get_id())
+    if mark.is_file() and (lost := mark.read_text(encoding="utf-8").strip()) != own:
+        close_lost_run(lost, successor=str(flow_run.get_name()))
+    write_text(mark, own)
 
 
 def settle(waiting: Waiting, project: Path) -> Waiting:
@@ -91,6 +107,19 @@ def settle(waiting: Waiting, project: Path) -> Waiting:
     return waiting.model_copy(update={"database": database})
 
 
+def settle_comparison(waiting: Waiting, until: str, project: Path) -> Waiting:
+    """As `settle`, for people who compare the pipeline's answers.
+
+    Raises:
+        ConfigError: as `settle`; or the run ends before, or axes are given, which comparisons have none of.
+    """
+    if until != "people":
+        raise ConfigError(f"Found people to ask and last stage {until}; they are asked before the last one, people.")
+    if waiting.axes:
+        raise ConfigError(f"Found axes {', '.join(waiting.axes)}; two answers are compared as a whole. Leave them out.")
+    return settle(waiting, project)
+
+
 def ask(
     items: Sequence[Found], waiting: Waiting, *, mark: Path, what: str, again: str, axes: Sequence[str] = ()
 ) -> Asked:
@@ -98,29 +127,31 @@ def ask(
 
     Args:
         items: of one kind, at least one.
-        mark: a file that keeps when this was asked first.
+        mark: a file that keeps when this was asked first, and by how many people each item was to be judged before.
         what: what is asked, in a few words, such as "round 3 of online".
         again: the command that goes on, for messages.
         axes: what each answer of a ranking is scored on, unless `waiting` names others.
 
     Raises:
-        ConfigError: nobody judged anything.
+        NobodyJudged: there is no judgement of these items.
     """
     assert waiting.database, "`settle` says where judgements are kept"
     store, keys, log = open_store(waiting.database), [item.key() for item in items], get_run_logger()
+    if not mark.is_file():
+        with store.session() as session:
+            rounds.ask_again(session, keys)
+            before = rounds.overlaps(session, keys)
+        write_json(mark, {"asked": datetime.now(UTC).isoformat(), "before": before})
+    known = json.loads(mark.read_text(encoding="utf-8"))
+    deadline = datetime.fromisoformat(known["asked"]) + timedelta(hours=waiting.hours)
     with store.session() as session:
         add_items(session, items, overlap=waiting.overlap, axes=waiting.axes or axes)
         rounds.open_again(session, keys, overlap=waiting.overlap)
-        if not mark.is_file():
-            rounds.ask_again(session, keys)
 
     def look() -> rounds.Count:
         with store.session() as session:
             return rounds.count(session, keys, overlap=waiting.overlap)
 
-    if not mark.is_file():
-        write_text(mark, datetime.now(UTC).isoformat())
-    deadline = datetime.fromisoformat(mark.read_text(encoding="utf-8")) + timedelta(hours=waiting.hours)
     enough = min(waiting.judgements or look().wanted, look().wanted)
 
     def wait(address: str, tend: Callable[[], None] = lambda: None) -> rounds.Count:
@@ -136,11 +167,11 @@ def ask(
         with pages(waiting.database, port=waiting.port, guideline=waiting.guideline, say=log.info) as served:
             found = wait(served.address, served.look_after)
     with store.session() as session:
-        rounds.close(session, keys)
+        rounds.close(session, known["before"])
     asked = Asked(store, keys, mark)
     if not found.done:
         asked.forget()
-        raise ConfigError(f"Nobody has judged anything for {what}. Nothing is lost: `{again}` asks again.")
+        raise NobodyJudged(f"Nobody has judged anything for {what}. Nothing is lost: `{again}` asks again.")
     return asked
 
 
@@ -154,8 +185,9 @@ def compare_answers(waiting: Waiting, *, root: Path) -> None:
         waiting: settled.
         root: the workspace whose stage evaluate has written answers.
 
+    Where nobody judges, that is told, and what the file holds stays.
+
     Raises:
-        ConfigError: nobody judged anything.
         DataError: a policy of people.policies has no answers.
     """
     from rlhf_core.data import prompt_field
@@ -180,13 +212,31 @@ def compare_answers(waiting: Waiting, *, root: Path) -> None:
         items[item.key()] = (item, row)
         if pair in first:
             chosen[item.key()] = item
-    mark = root / ".rlhf" / f"opened {sha256(''.join(chosen).encode()).hexdigest()[:12]}"
-    found = ask(list(chosen.values()), waiting, mark=mark, what=what, again="rlhf people")
+    mark = root / ".rlhf" / f"{ASKED}{sha256(''.join(chosen).encode()).hexdigest()[:12]}.json"
+    _close_others(waiting, mark)
+    again = "rlhf people" + (f" --recipe {root.name}" if project_of(root) != root else "")
+    try:
+        found = ask(list(chosen.values()), waiting, mark=mark, what=what, again=again)
+    except NobodyJudged as error:
+        get_run_logger().warning(str(error))
+        return
     with found.store.session() as session:
         said = [_as_asked(one, *items[one["item"]]) for one in rounds.comparisons(session, list(items))]
-    file, here = root / SAID / f"{new}-vs-{current}.jsonl", {_texts(row) for row in rows}
-    of_others = [row for row in read_said(file) if _texts(row) not in here] if file.is_file() else []
+        known = rounds.known(session, list(items))
+    file = root / SAID / f"{new}-vs-{current}.jsonl"
+    # Of earlier answers, or from another database, such as a colleague's.
+    of_others = [row for row in read_said(file) if row.get("id") not in known] if file.is_file() else []
     write_jsonl(file, [*of_others, *said])
+    found.forget()  # who asks again, for more judgements or by more people, gets as many hours as now
+
+
+def _close_others(waiting: Waiting, mark: Path) -> None:
+    """Answers that were asked about and are no longer there would come up among those that are asked about now."""
+    for other in mark.parent.glob(f"{ASKED}*"):
+        if other != mark:
+            with open_store(str(waiting.database)).session() as session:
+                rounds.close(session, json.loads(other.read_text(encoding="utf-8"))["before"])
+            other.unlink()
 
 
 def _as_asked(said: dict[str, Any], item: Found, row: dict[str, Any]) -> dict[str, Any]:
@@ -198,9 +248,5 @@ def _as_asked(said: dict[str, Any], item: Found, row: dict[str, Any]) -> dict[st
         "policies": row["origins"],
         "ranks": said["ranks"][::-1] if turned else said["ranks"],
         "first": 1 - said["first"] if turned else said["first"],
-        **{field: said[field] for field in ("verdict", "annotator", "guideline")},
+        **{field: said[field] for field in ("verdict", "annotator", "guideline", "id")},
     }
-
-
-def _texts(row: dict[str, Any]) -> tuple[str, ...]:
-    return (str(row["prompt"]), *row["responses"])

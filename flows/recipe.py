@@ -116,7 +116,10 @@ def copy_code(folder: Path, project: Path) -> None:
             shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(project / name, folder / name)
-    (folder / "data/people").mkdir(exist_ok=True)  # what people said of the project's answers is of no use here
+    # What people said of the project's answers is of no use here. The folder has to be there, and DVC warns of an empty
+    # one.
+    (folder / "data/people").mkdir(exist_ok=True)
+    (folder / "data/people/README.md").write_text("What people said of held-out answers.\n", encoding="utf-8")
 
 
 def init_dvc(folder: Path, *, cache: Path | None = None) -> None:

@@ -17,10 +17,11 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows.people import Waiting, compare_answers, settle
+from flows.people import Waiting, compare_answers, settle_comparison, take_over
 from flows.results import publish_results
 from flows.waiting import StoppedByHand
 from rlhf_core.errors import RLHFError
+from tasks.environment import project_of
 from tasks.pipeline import STAGES, Outcome, StageFailed, apply_overrides, find_root, run_stage, workspace_lock
 from tasks.stage import check_disk, forget_checkpoints
 from tasks.tracking import pipeline_run
@@ -74,8 +75,10 @@ def rlhf(
     """
     try:
         root = find_root()
-        waiting = settle(people, root.parents[1] if root.parent.name == ".rlhf" else root) if people else None
+        waiting = settle_comparison(people, until, project_of(root)) if people else None
         with workspace_lock(root):
+            if waiting:
+                take_over(root)
             # Before params.yaml is changed, and before DVC starts a stage and removes what its last run wrote.
             check_disk(root)
             apply_overrides(overrides, root=root)

@@ -561,6 +561,12 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_the_policies_to_compare(self) -> "Params":
+        if "dpo" in self.people.policies and self.dpo.epochs == 0:
+            raise ValueError("people.policies names dpo, and dpo.epochs 0 trains none")
+        return self
+
+    @model_validator(mode="after")
     def _has_the_axes_to_climb(self) -> "Params":
         for key in ("axis_weights", "axis_order", "cost_axis"):
             value = getattr(self.ppo, key)

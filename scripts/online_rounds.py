@@ -233,7 +233,8 @@ def main() -> None:
     quick = "--only-that-it-works" in words
     settings = [part for setting in SETTINGS for part in ("-R", setting)]
     options = [*settings, *(word for word in words if word != "--only-that-it-works")]
-    use_lasting_server(find_root(), port=free_port())  # where the pause can be seen
+    # Where the pause can be seen.
+    use_lasting_server(find_root(), "scripts/online_rounds.py", port=free_port(), meanwhile=lambda: None)
     rounds = Rounds(name, options, quick=quick)
     began = time.monotonic()
     if rounds.over() < BY_PEOPLE:

@@ -1,4 +1,4 @@
-"""Measures what Prefect, DVC and MLflow cost around six empty stages: `python scripts/orchestration_cost.py`.
+"""Measures what Prefect, DVC and MLflow cost around seven empty stages: `python scripts/orchestration_cost.py`.
 
 Makes a workspace in a temporary folder, runs the real flow in it three times (new workspace, all stages run, nothing to
 do), and prints where the seconds go as a markdown table. docs/orchestration.md keeps one such table.

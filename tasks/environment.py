@@ -70,8 +70,12 @@ def recipe_workspace(root: Path | None = None) -> tuple[Path, str] | None:
     return (root.parents[1], root.name) if root.parent.name == ".rlhf" else None
 
 
+def project_of(root: Path) -> Path:
+    """The project whose workspace this is; the folder itself where it is none."""
+    workspace = recipe_workspace(root)
+    return workspace[0] if workspace else root
+
+
 def record_folder(root: Path | None = None) -> Path:
     """Where the databases of MLflow and Prefect lie; a recipe's runs stand beside the project's, whoever began them."""
-    root = root or project_root()
-    recipe = recipe_workspace(root)
-    return (recipe[0] if recipe else root) / ".rlhf"
+    return project_of(root or project_root()) / ".rlhf"

@@ -4,6 +4,7 @@ It asks nobody: `rlhf people` does (flows/people.py), and leaves judgements in d
 stage evaluate's present ones count nothing. Where there are none, it says so and is done.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def main() -> None:
         new, current = config.policies
         pairs = pairs_of(ANSWERS, new, current)
         said = [row for file in sorted(SAID.glob("*.jsonl")) for row in read_said(file)]
-        people = people_beside_gold(said, pairs, config)
+        people = people_beside_gold(_once(said, new, current), pairs, config)
         run.log_dataset("people", SAID, context="evaluation", judgements=len(said))
         if people is None:
             text = f"Nobody has compared these answers of {NAMES[new]} and {NAMES[current]}. `rlhf people` asks."
@@ -40,6 +41,16 @@ def main() -> None:
         write_text(FOLDER / "people.md", "\n".join(people.lines(NAMES[new])) + "\n")
         run.finish_metrics(people.metrics())
         print(f"people   {people.judgements} of {len(said)} judgements are of these answers", flush=True)
+
+
+def _once(said: Iterable[dict[str, Any]], new: str, current: str) -> list[dict[str, Any]]:
+    """Judgements of these two policies, each annotator's of a pair once, the last: files may have been put together."""
+    found = {
+        (row["annotator"], parse_prompt(row).prompt, *row["responses"]): row
+        for row in said
+        if row.get("policies", [new, current]) == [new, current]
+    }
+    return list(found.values())
 
 
 def pairs_of(answers: Path, new: str, current: str) -> list[Pair]:

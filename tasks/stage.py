@@ -192,7 +192,7 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
     """Run a stage: on leaving, its MLflow run is FINISHED, FAILED or KILLED and the process exits as it should.
 
     Args:
-        stage: prepare, sft, reward, ppo, dpo or evaluate.
+        stage: prepare, sft, reward, ppo, dpo, evaluate, people, or one of a campaign.
         deps: paths that must exist; the message where one does not names the stage that writes it.
         torch: make torch deterministic.
     """

@@ -38,7 +38,20 @@ def test_help_is_quick_and_loads_no_tool() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "stage", "ui", "prefect-ui", "serve", "compare", "chat", "sync", "feedback", "judge-check", "online"],
+    [
+        "run",
+        "people",
+        "stage",
+        "ui",
+        "prefect-ui",
+        "serve",
+        "compare",
+        "chat",
+        "sync",
+        "feedback",
+        "judge-check",
+        "online",
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(cli.app, [command, "--help"])

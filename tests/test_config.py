@@ -358,6 +358,13 @@ def test_an_axis_is_named_once(raw: dict[str, Any]) -> None:
     assert check_params(changed(raw, "reward", axes=["kind", "true"])).reward.axes == ("kind", "true")
 
 
+def test_policies_that_are_compared_have_to_be_trained(raw: dict[str, Any]) -> None:
+    spoilt = changed(changed(raw, "people", policies=["dpo", "sft"]), "dpo", epochs=0)
+    with pytest.raises(ConfigError, match=r"people\.policies names dpo, and dpo\.epochs 0 trains none"):
+        check_params(spoilt)
+    assert check_params(changed(spoilt, "dpo", epochs=1)).people.policies == ("dpo", "sft")
+
+
 def test_a_spread_needs_several_members(raw: dict[str, Any]) -> None:
     spoilt = changed(raw, "ppo", spread_coef=0.5)
     with pytest.raises(ConfigError, match=r"ppo\.spread_coef 0\.5 needs reward\.members above 1"):

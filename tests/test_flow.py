@@ -261,7 +261,7 @@ def test_the_form_shows_types_and_descriptions() -> None:
 
     assert get_args(Stage) == STAGES
     properties = flow.parameters.properties
-    assert set(properties) == {"overrides", "until", "force", "fresh", "run_name", "retries", "stage_minutes"}
+    assert set(properties) == {"overrides", "until", "force", "fresh", "run_name", "retries", "stage_minutes", "people"}
     assert all(field["description"] and field["title"] for field in properties.values())
     assert flow.parameters.required == []
 
@@ -431,13 +431,14 @@ def test_what_people_compared_stands_by_the_texts_that_the_gate_knows(
 def test_judgements_are_kept_where_the_pages_of_the_project_keep_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.online import _database
+    from flows.people import Waiting, settle
 
     monkeypatch.setenv("RLHF_FEEDBACK_DATABASE", "judge.db")
-    assert _database(None, tmp_path) == str(tmp_path / "judge.db")
-    assert _database("sqlite:///other.db", tmp_path) == f"sqlite:///{tmp_path / 'other.db'}"
+    assert settle(Waiting(), tmp_path).database == str(tmp_path / "judge.db")
+    other = Waiting(database="sqlite:///other.db")
+    assert settle(other, tmp_path).database == f"sqlite:///{tmp_path / 'other.db'}"
     monkeypatch.delenv("RLHF_FEEDBACK_DATABASE")
-    assert _database(None, tmp_path) == str(tmp_path / ".rlhf/feedback.db")
+    assert settle(Waiting(), tmp_path).database == str(tmp_path / ".rlhf/feedback.db")
 
 
 def test_an_alarm_of_ppo_is_told_at_the_end(tmp_path: Path) -> None:

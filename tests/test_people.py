@@ -26,7 +26,7 @@ from rlhf_core.errors import ConfigError, DataError, MissingArtifact
 from rlhf_core.feedback import judging
 from rlhf_core.feedback.accounts import local_admin
 from rlhf_core.feedback.exchange import add_items, find_items
-from rlhf_core.feedback.store import Judgement, open_store
+from rlhf_core.feedback.store import Item, Judgement, open_store
 from tasks.people import SAID, pairs_of, read_said
 
 REPORT = '<nav><a href="#policies">Policies</a></nav>\n<section id="policies">\n</section>\n'
@@ -128,7 +128,7 @@ def test_judgements_of_an_import_the_other_way_round_count_for_the_policy_that_t
     let_judge(monkeypatch, store, "ranked", "ranked", "ranked", "ranked")
     people.compare_answers(waiting(place), root=place)
     assert sorted(preferred(kept(place))) == [f"New {number}." for number in range(4)]
-    let_judge(monkeypatch, store)  # nobody is asked again
+    let_judge(monkeypatch, store)  # who asks again gets the same
     people.compare_answers(waiting(place), root=place)
     assert len(kept(place)) == 4
 
@@ -153,15 +153,85 @@ def test_what_was_said_of_earlier_answers_stays_and_an_undone_judgement_goes(
     assert preferred(kept(place)) == [*preferred(earlier), ""]
 
 
-def test_a_comparison_that_nobody_judged_is_asked_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_that_nobody_judged_is_told_and_asked_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = open_store(place / "feedback.db")
     let_judge(monkeypatch, store)
-    with pytest.raises(ConfigError, match=r"Nobody has judged .* ppo with sft\. Nothing is lost: `rlhf people` asks"):
-        people.compare_answers(waiting(place), root=place)
+    people.compare_answers(waiting(place), root=place)
+    assert (
+        "Nobody has judged anything for the comparison of ppo with sft. Nothing is lost: `rlhf people`" in caplog.text
+    )
     assert not (place / SAID / FILE).exists()
     let_judge(monkeypatch, store, "ranked")
     people.compare_answers(waiting(place), root=place)
     assert len(kept(place)) == 1
+
+
+def test_who_asks_again_gets_as_many_hours_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines: list[Any] = []
+
+    def judge(_: str, look: Any, *, deadline: Any, **options: Any) -> Any:
+        deadlines.append(deadline)
+        return look()._replace(done=1)
+
+    monkeypatch.setattr(people, "wait_for_people", judge)
+    for _ in range(2):
+        people.compare_answers(waiting(place), root=place)
+    assert deadlines[0] < deadlines[1]
+
+
+def test_both_bad_that_was_said_before_is_no_reason_to_ask_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(place / "feedback.db")
+    with store.session() as session:
+        add_items(session, find_items("a", list(enumerate(FOUR)), kind=None, policies=("ppo", "sft"), how="sampled"))
+    let_judge(monkeypatch, store, "none")
+    people.wait_for_people("", lambda: None)  # on pages that somebody served
+    let_judge(monkeypatch, store, "ranked", "ranked", "ranked")
+    people.compare_answers(waiting(place), root=place)
+    assert [row["verdict"] for row in kept(place)] == ["none", "ranked", "ranked", "ranked"]
+
+
+def test_what_a_colleague_committed_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_judge(monkeypatch, open_store(place / "feedback.db"), "ranked", "none")
+    people.compare_answers(waiting(place), root=place)
+    theirs = kept(place)
+    (place / "feedback.db").unlink()
+    let_judge(monkeypatch, open_store(place / "feedback.db"), "ranked")
+    people.compare_answers(waiting(place), root=place)
+    assert kept(place)[:2] == theirs
+    assert len(kept(place)) == 3
+
+
+def test_items_that_somebody_imported_for_more_people_stay_open_for_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(place / "feedback.db")
+    imported = find_items("a", list(enumerate(FOUR[:4])), kind=None, policies=("ppo", "sft"), how="sampled")
+    with store.session() as session:
+        add_items(session, imported, overlap=2)
+    let_judge(monkeypatch, store, "ranked", "ranked", "ranked", "ranked")
+    people.compare_answers(waiting(place), root=place)
+    with store.session() as session:
+        found = {item.responses[0]: item.overlap for item in session.scalars(select(Item))}
+    assert found == {"New 0.": 2, "New 1.": 2, "New 2.": 0, "New 3.": 0}
+
+
+def test_answers_that_were_asked_about_and_are_gone_are_not_shown(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(place / "feedback.db")
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(people, "wait_for_people", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        people.compare_answers(waiting(place), root=place)
+    write_answers(place, answers(("New, later.", "Old, later.")))
+    shown = let_judge(monkeypatch, store, "ranked")
+    people.compare_answers(waiting(place), root=place)
+    assert [sorted(pair) for pair in shown] == [["New, later.", "Old, later."]]
+    with store.session() as session:
+        assert judging.show_next(session, local_admin(store), "compare") is None
 
 
 def test_policies_that_answer_alike_leave_nothing_to_ask(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +253,11 @@ def test_a_wrong_way_of_waiting_is_told_before_anything_is_trained(tmp_path: Pat
         people.settle(people.Waiting(guideline="nowhere.md"), tmp_path)
     with pytest.raises(ConfigError, match="Found --guideline with --address"):
         people.settle(people.Waiting(guideline="nowhere.md", address="http://judge.example"), tmp_path)
+    with pytest.raises(ConfigError, match="last stage evaluate; they are asked before the last one, people"):
+        people.settle_comparison(people.Waiting(), "evaluate", tmp_path)
+    with pytest.raises(ConfigError, match="Found axes kind; two answers are compared as a whole"):
+        people.settle_comparison(people.Waiting(axes=["kind"]), "people", tmp_path)
+    assert people.settle_comparison(people.Waiting(), "people", tmp_path).database
 
 
 # ---- the stage
@@ -213,10 +288,12 @@ def test_the_stage_sets_peoples_word_beside_the_gold_models(place: Path) -> None
     assert people_said(place) == []
 
     say(place, said(0, "kim", (1, 2)), said(0, "sam", (1, 2)), said(1, "kim", (1, 2)), said(2, "kim", (1, 1)),
-        {**said(3, "kim", (2, 1)), "responses": ["Of another run.", "Old 3."]})  # fmt: skip
+        {**said(3, "kim", (2, 1)), "responses": ["Of another run.", "Old 3."]},
+        {**said(3, "kim", (2, 1)), "policies": ["ppo", "base"]}, said(2, "kim", (2, 1)),
+        said(2, "kim", (1, 1)))  # fmt: skip
     done = run_stage(place)
     assert done.returncode == 0, done.stderr
-    assert "4 of 5 judgements are of these answers" in done.stdout
+    assert "4 of 8 judgements are of these answers" in done.stdout
     found = json.loads((place / "metrics/people.json").read_text())
     # of three prompts won, won, tie by people, and by gold won, lost, won
     assert (found["win_rate"], found["gold_win_rate"]) == (pytest.approx(2.5 / 3), pytest.approx(2 / 3))
@@ -275,11 +352,15 @@ ANSWERING = f'{SCRIPT}\nif stage == "evaluate":\n    (out / "answers.jsonl").wri
 @pytest.mark.slow
 def test_the_flow_asks_people_and_the_stage_reads_what_they_said(toy: Path) -> None:  # noqa: F811  (the fixture)
     (toy / "stage.py").write_text(ANSWERING)
+    whole = yaml.safe_load((toy / "dvc.yaml").read_text())
+    whole["stages"]["people"]["deps"].append(str(SAID / FILE))  # without what people said it could not run
+    (toy / "dvc.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     port = free_port()
     flow = rlhf(toy, "people", "--port", str(port))
     assert flow.stderr is not None
     for line in flow.stderr:
         if "the comparison of ppo with sft waits for people: 0 of 4 judged" in line:
+            assert not (toy / "artifacts/people").exists()
             break
     else:
         pytest.fail("nobody was asked")

@@ -220,7 +220,9 @@ def test_the_tiny_recipe_is_swept_recorded_and_cached(tmp_path: Path, tmp_path_f
         "--recipe", "tiny", "--axes", ",".join(AXES), "--weights", "0,1", "--limits=-0.2", "-S", "dpo.epochs=0"
     )
     for point in ("weight-0", "weight-1", "limit--0.2"):
-        assert re.search(rf"Point {point}: ppo, (dpo, )?evaluate ran", first)  # the rest is shared, DPO by the cache
+        assert re.search(
+            rf"Point {point}: ppo, (dpo, )?evaluate, people ran", first
+        )  # the rest is shared, DPO by the cache
     with (project / ".rlhf/try/frontier.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["SFT", "weight-0", "weight-1", "limit--0.2"]

@@ -186,10 +186,10 @@ def test_bad_input_is_told_and_leaves_everything_as_it_was(
     assert "up to date" in dvc(workspace, "status")
 
 
-def test_another_kl_coefficient_runs_ppo_and_evaluate_only(workspace: Path) -> None:
+def test_another_kl_coefficient_runs_ppo_and_what_hangs_on_it_only(workspace: Path) -> None:
     apply_overrides(["ppo.kl_coef=0.2"], root=workspace)
     ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
-    assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':"]
+    assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':", "Running stage 'people':"]
 
 
 @pytest.mark.thorough
@@ -197,7 +197,7 @@ def test_without_baselines_their_stage_leaves_a_note_and_nothing_else_changes(wo
     before = json.loads((workspace / "metrics/evaluate.json").read_text())
     apply_overrides(["dpo.epochs=0", "evaluate.best_of_n=[]"], root=workspace)
     ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
-    assert ran == ["Running stage 'dpo':", "Running stage 'evaluate':"]
+    assert ran == ["Running stage 'dpo':", "Running stage 'evaluate':", "Running stage 'people':"]
     assert "up to date" in dvc(workspace, "status")
     assert [path.name for path in (workspace / "artifacts/dpo/policy").iterdir()] == ["none.json"]
     assert (workspace / "plots/dpo.csv").read_text() == "step\n"
@@ -223,7 +223,7 @@ def test_ppo_takes_the_judges_word_and_dvc_watches_the_judge_then(workspace: Pat
     for model in ("short", "reader"):
         apply_overrides([*judge, f"judge.model={model}"], root=workspace)
         ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
-        assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':"]
+        assert ran == ["Running stage 'ppo':", "Running stage 'evaluate':", "Running stage 'people':"]
         samples = (workspace / "artifacts/ppo/samples.jsonl").read_text().splitlines()
         assert {json.loads(line)["score"] for line in samples} <= {-1.0, 0.0, 1.0}
         assert "up to date" in dvc(workspace, "status")

@@ -5,7 +5,7 @@ team's pages may show several at once.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import select, update
@@ -45,9 +45,14 @@ def open_again(session: Session, keys: Sequence[str], *, overlap: int) -> None:
 
 
 def ask_again(session: Session, keys: Sequence[str]) -> None:
-    """Bring back to people what they said nothing by: skipped, or none acceptable. It is withdrawn, as by undo."""
-    said = Judgement.item_id.in_(select(Item.id).where(Item.key.in_(keys))) & Judgement.verdict.in_(("skipped", "none"))
-    session.execute(update(Judgement).where(LIVE, said).values(withdrawn_at=now()))
+    """Bring back to people what they said nothing by, withdrawn as by undo: skipped, or of a ranking none acceptable.
+
+    Of two answers that are both bad, that is what they said.
+    """
+    items = select(Item.id).where(Item.key.in_(keys))
+    said_nothing = (Judgement.verdict == "skipped") & Judgement.item_id.in_(items)
+    said_nothing |= (Judgement.verdict == "none") & Judgement.item_id.in_(items.where(Item.kind == "rank"))
+    session.execute(update(Judgement).where(LIVE, said_nothing).values(withdrawn_at=now()))
 
 
 def count(session: Session, keys: Sequence[str], *, overlap: int) -> Count:
@@ -72,9 +77,21 @@ def _who_may_judge(session: Session) -> set[int]:
     return {who for who, password in people if password} or {who for who, _ in people}
 
 
-def close(session: Session, keys: Sequence[str]) -> None:
-    """Show these items to nobody any more; what was judged stays."""
-    session.execute(update(Item).where(Item.key.in_(keys)).values(overlap=0))
+def overlaps(session: Session, keys: Sequence[str]) -> dict[str, int]:
+    """By how many people each of these items is to be judged now; 0 for one that is not there."""
+    found = dict(session.execute(select(Item.key, Item.overlap).where(Item.key.in_(keys))).tuples().all())
+    return {key: found.get(key, 0) for key in keys}
+
+
+def close(session: Session, before: Mapping[str, int]) -> None:
+    """Let each item be judged by as many people as before a round opened it, most by nobody; what was judged stays.
+
+    Args:
+        before: what `overlaps` said then.
+    """
+    for overlap in sorted(set(before.values())):
+        keys = [key for key, value in before.items() if value == overlap]
+        session.execute(update(Item).where(Item.key.in_(keys)).values(overlap=overlap))
 
 
 def rankings(session: Session, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -85,13 +102,14 @@ def rankings(session: Session, keys: Sequence[str]) -> list[dict[str, Any]]:
 def comparisons(session: Session, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What was said of these pairs: ranks in the items' order, equal for a tie or both bad; `first` stood first.
 
-    `item` is the key of what was judged.
+    `item` is the key of what was judged, `id` the judgement's own, which no other database has.
     """
     query = select(Judgement).join(Item).where(LIVE, Judgement.verdict != "skipped", Item.key.in_(keys))
     for judgement in session.scalars(query.order_by(Judgement.id)):
         item = judgement.item
         yield {
             "item": item.key,
+            "id": judgement.client_id,
             "prompt": [{"role": role, "content": content} for role, content in item.prompt],
             "responses": item.responses,
             "ranks": judgement.ranks or [1] * len(item.responses),
@@ -100,3 +118,8 @@ def comparisons(session: Session, keys: Sequence[str]) -> Iterator[dict[str, Any
             "verdict": judgement.verdict,
             "first": judgement.presented[0],
         }
+
+
+def known(session: Session, keys: Sequence[str]) -> set[str]:
+    """The ids of all judgements of these items, withdrawn ones too."""
+    return set(session.scalars(select(Judgement.client_id).join(Item).where(Item.key.in_(keys))))

@@ -55,7 +55,7 @@ def test_what_was_judged_of_a_round_that_is_over_is_still_told(
         kim.judge(client_id=f"kim-{number:08}")
     assert "yours 9 · all 9 of 18 · left for you today 0" in kim.get("/").text
     with store.session() as session:
-        rounds.close(session, keys)
+        rounds.close(session, dict.fromkeys(keys, 0))
     assert "yours 9 · all 9 of 15 · left for you today 0" in kim.get("/").text
 
 
@@ -103,7 +103,7 @@ def test_a_closed_round_is_shown_to_nobody_and_keeps_its_judgements(
     for number in range(9):
         kim.judge(client_id=f"kim-{number:08}")
     with store.session() as session:
-        rounds.close(session, keys)
+        rounds.close(session, dict.fromkeys(keys, 0))
     sam = browser("sam")
     for number in range(6):  # those of others only
         assert sam.judge(client_id=f"sam-{number:08}").status_code == 200
@@ -143,7 +143,7 @@ def test_results_tell_what_was_said_in_a_round_that_is_closed(store: Store, brow
             assert person.judge("compare", client_id=f"{name}-{place:08}", ranks=ranks).status_code == 200
     with store.session() as session:
         assert comparisons(session)[0].so_far.prompts == 1
-        rounds.close(session, [item.key() for item in found])
+        rounds.close(session, {item.key(): 0 for item in found})
     with store.session() as session:
         [pair] = comparisons(session)
     assert (pair.first, pair.rates[0].rate, pair.rates[0].wins, pair.rates[0].prompts) == ("new", 1.0, 4, 3)
