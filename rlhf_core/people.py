@@ -41,27 +41,32 @@ class People(NamedTuple):
         return {**found, **{name: value for name, value in rest.items() if value is not None}}
 
     def lines(self, new: str = "the new policy") -> list[str]:
-        """As a Markdown table; `new` says whose win rate it is."""
-        lines = [f"| win rate of {new}, on the answers that people saw | |", "|---|---|"]
-        return lines + [f"| {what} | {value} |" for what, value in self.rows(new)]
+        """As Markdown; `new` says whose win rate it is."""
+        head = ["| on the answers that people saw | by the gold model | by people |"]
+        rows = [f"| {what} | {gold} | {people} |" for what, gold, people in self.rows(new)]
+        return [*head, "|---|---:|---:|", *rows, "", " ".join(self.remarks(new))]
 
-    def rows(self, new: str) -> list[tuple[str, str]]:
-        """What it is, and its value."""
+    def rows(self, new: str) -> list[tuple[str, str, str]]:
+        """Which win rate it is, its value by the gold model, and by people."""
+        return [
+            (f"win rate of {new}", in_percent(self.gold.plain), in_percent(self.rates.plain)),
+            ("the same at equal length", in_percent(self.gold.equal), in_percent(self.rates.equal)),
+        ]
+
+    def remarks(self, new: str) -> list[str]:
+        """How many judged, how far all agree, and which sides they chose, a sentence each."""
+        who = "1 person" if self.annotators == 1 else f"{self.annotators} people"
         found = [
-            (f"by people ({self.annotators}, {self.judgements} judgements)", in_percent(self.rates.plain)),
-            ("by people, between answers of equal length", in_percent(self.rates.equal)),
-            ("by the gold model", in_percent(self.gold.plain)),
-            ("by the gold model, between answers of equal length", in_percent(self.gold.equal)),
-            ("people and gold model prefer the same", f"{self.agreement:.0%}"),
-            (
-                "agreement among people (Krippendorff's alpha)",
-                "cannot be told" if self.alpha is None else f"{self.alpha:.2f}",
-            ),
+            f"{who} made {self.judgements} judgement{'s' * (self.judgements != 1)}.",
+            f"Where they decided, the gold model prefers the same answer in {self.agreement:.0%}.",
+            "How far people agree cannot be told."
+            if self.alpha is None
+            else f"People agree among themselves with a Krippendorff's alpha of {self.alpha:.2f}.",
         ]
         if self.new_first is not None:
-            found.append((f"what {new} said stood first", f"{self.new_first:.0%}"))
+            found.append(f"What {new} said stood first in {self.new_first:.0%}.")
         if self.chose_first is not None:
-            found.append(("people chose what stood first", f"{self.chose_first:.0%}"))
+            found.append(f"People chose what stood first in {self.chose_first:.0%}.")
         return found
 
 
@@ -69,14 +74,18 @@ SECTION = Markup(
     """<section id="people">
   <h2>What people said</h2>
   <p>{lead}</p>
-  <table class="policies"><tbody>
+  <table class="policies">
+  <thead><tr><th scope="col"><span class="hidden">Win rate</span></th>
+  <th scope="col">by the gold model</th><th scope="col">by people</th></tr></thead>
+  <tbody>
 {rows}
   </tbody></table>
+  <p style="margin-top: 1.2rem">{remarks}</p>
 </section>
 
 """
 )
-ROW = Markup('  <tr><th scope="row">{}</th><td>{}</td></tr>')
+ROW = Markup('  <tr><th scope="row">{}</th><td>{}</td><td>{}</td></tr>')
 LINK, PLACE = '<a href="#policies">', '<section id="policies">'  # of the report, before which people's part stands
 
 
@@ -91,10 +100,10 @@ def in_report(page: str, people: People, new: str, current: str) -> str:
         f"They prefer {new} in {in_percent(people.rates.plain)}, over prompts, by an interval that holds whenever one "
         "looks and stops; a tie and both bad count half."
     )
-    rows = Markup("\n").join(ROW.format(what[:1].upper() + what[1:], value) for what, value in people.rows(new))
+    rows = Markup("\n").join(ROW.format(what[:1].upper() + what[1:], *values) for what, *values in people.rows(new))
     assert page.count(LINK) == page.count(PLACE) == 1, "the report has one section of policies"
     page = page.replace(LINK, f'<a href="#people">People</a>{LINK}')
-    return page.replace(PLACE, str(SECTION.format(lead=lead, rows=rows)) + PLACE)
+    return page.replace(PLACE, str(SECTION.format(lead=lead, rows=rows, remarks=" ".join(people.remarks(new)))) + PLACE)
 
 
 def people_beside_gold(

@@ -1,5 +1,6 @@
 """When a new policy takes over: each limit alone keeps it out, and all of them kept let it in."""
 
+import re
 from typing import Any
 
 import pytest
@@ -254,7 +255,10 @@ def test_people_stand_beside_the_gold_model_on_the_pairs_they_saw() -> None:
     assert found.gold.plain.mean == pytest.approx(2 / 4)
     assert found.agreement == pytest.approx(3 / 4)  # the tie is no decision
     assert found.alpha is None  # both said the same of the one pair that two people saw
-    assert "| by the gold model | 50%" in "\n".join(found.lines())
+    assert [line for line in found.lines() if line.startswith("| win rate of the new policy | 50% (")]
+    assert found.lines()[-1].startswith(
+        "2 people made 5 judgements. Where they decided, the gold model prefers the same"
+    )
 
 
 def test_people_are_asked_what_they_say_at_equal_length() -> None:
@@ -269,7 +273,8 @@ def test_people_are_asked_what_they_say_at_equal_length() -> None:
     metrics = found.metrics()
     assert metrics["length_controlled_win_rate"] == expected.mean != metrics["win_rate"]
     assert metrics["gold_length_controlled_win_rate"] == pytest.approx(0.5, abs=1e-3)
-    assert f"| by people, between answers of equal length | {expected.mean:.0%} " in "\n".join(found.lines())
+    [line] = [line for line in found.lines() if line.startswith("| the same at equal length | 50% (")]
+    assert line.split(" | ")[2].startswith(f"{expected.mean:.0%} ")
 
 
 @pytest.mark.parametrize(("judgements", "promoted"), [(1, False), (3, False), (5, False), (9, False), (10, True)])
@@ -305,7 +310,9 @@ def test_it_tells_which_side_answers_stood_on_and_which_side_people_chose() -> N
     assert found.new_first == pytest.approx(3 / 4)
     assert found.chose_first == pytest.approx(1 / 3)  # first: the new one, chosen; then the new one, second; then not
     assert {"new_first", "chose_first"} < set(found.metrics())
-    assert "| people chose what stood first | 33% |" in found.lines()
+    assert found.lines()[-1].endswith(
+        "What the new policy said stood first in 75%. People chose what stood first in 33%."
+    )
 
 
 def test_the_report_shows_what_people_said_and_nothing_else_changes() -> None:
@@ -315,7 +322,11 @@ def test_the_report_shows_what_people_said_and_nothing_else_changes() -> None:
     shown = in_report(page, found, "round 3's policy", "the current one")
     assert '<nav><a href="#people">People</a><a href="#policies">' in shown
     assert "round 3&#39;s policy" in shown
-    assert '<tr><th scope="row">By people (1, 4 judgements)</th><td>100% (28% to 100%)</td></tr>' in shown
+    assert re.search(
+        r'<tr><th scope="row">Win rate of round 3&#39;s policy</th><td>[^<]*</td><td>100% \(28% to 100%\)</td></tr>',
+        shown,
+    )
+    assert "1 person made 4 judgements." in shown
     assert shown.index('id="people"') < shown.index('id="policies"')
     start, end = shown.index('<section id="people">'), shown.index('<section id="policies">')
     assert (shown[:start] + shown[end:]).replace('<a href="#people">People</a>', "") == page

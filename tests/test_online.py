@@ -437,7 +437,7 @@ def test_the_gate_goes_by_what_people_said_where_it_is_told_to(ran: Ran) -> None
     assert gate["people"]["win_rate"] == gate["win_rate"]
     assert decision["promoted"] == (gate["win_rate_low"] > 0.5)
     assert decision["checks"][0]["words"].startswith("people prefers the new policy in")
-    assert "| by people (1, " in (campaign.round_folder(1) / "gate.md").read_text()
+    assert "1 person made " in (campaign.round_folder(1) / "gate.md").read_text()
     assert 0.2 < gate["people"]["new_first"] < 0.8
     assert "<h2>What people said</h2>" in (campaign.round_folder(1) / "report.html").read_text()
 
