@@ -70,7 +70,7 @@ class Asked:
         self.store, self.keys, self.mark = store, keys, mark
 
     def forget(self) -> None:
-        """Nothing came of it: the next start asks and waits anew."""
+        """The next start asks and waits anew."""
         self.mark.unlink()
 
 
@@ -179,13 +179,12 @@ def compare_answers(waiting: Waiting, *, root: Path) -> None:
     """Have people compare two policies' held-out answers, blind, and keep what they said where stage people reads it.
 
     One pair of answers a prompt is asked about. All that people ever said of these two policies' present answers is
-    taken, also where `rlhf feedback import` had put them on the pages.
+    taken, also where `rlhf feedback import` had put them on the pages. Where nobody judges, that is told, and what the
+    file holds stays.
 
     Args:
         waiting: settled.
         root: the workspace whose stage evaluate has written answers.
-
-    Where nobody judges, that is told, and what the file holds stays.
 
     Raises:
         DataError: a policy of people.policies has no answers.
