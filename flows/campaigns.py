@@ -110,7 +110,8 @@ def run(
     from flows.server import use_server
 
     use_server(project)
-    from flows.online import Waiting, online
+    from flows.online import online
+    from flows.people import Waiting
 
     waiting = Waiting(
         judgements=judgements, overlap=overlap, hours=hours, address=address, port=port,
@@ -178,7 +179,8 @@ def serve(
         server = use_lasting_server(
             root, "rlhf online serve", port=server_port, option="--server-port", meanwhile=check
         )
-        from flows.online import Waiting, online
+        from flows.online import online
+        from flows.people import Waiting
 
         typer.echo(f"Prefect: {server.removesuffix('/api')}   (Ctrl-C ends it)")
         waiting = Waiting(
