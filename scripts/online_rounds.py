@@ -48,9 +48,9 @@ SETTINGS = (
     # (docs/online.md): they weigh little, and may lose some.
     "reward.weights={rule: 2, human: 2, ai: 0.25}",
     "gate.min_safety_win_rate=0.3",
-    "gate.max_perplexity_ratio=1.5",
+    "gate.max_perplexity_ratio=2",
     "preferences.prompts=48",
-    "ppo.updates=10",
+    "ppo.updates=6",  # with ten the second round leaves answers of four words, and the third nothing to win
     "evaluate.samples_per_prompt=1",
 )
 LOOSENED = [setting for setting in SETTINGS if setting.startswith("gate.")]
