@@ -79,9 +79,13 @@ def people_said(root: Path) -> list[str]:
         _number(found[name], ".0%")
         for name in ("win_rate", "win_rate_low", "win_rate_high", "gold_win_rate", "gold_agreement")
     )
+    who, judged = (
+        f"{found[name]:.0f} {one if found[name] == 1 else many}"
+        for name, one, many in (("annotators", "person", "people"), ("judgements", "judgement", "judgements"))
+    )
     return [
-        f"People prefer {new} to {current} in {rate} (95 % interval {low} to {high}; {found['annotators']:.0f} of "
-        f"them, {found['judgements']:.0f} judgements), the gold model in {gold} of the same; they agree in {same}"
+        f"People prefer {new} to {current} in {rate} (95 % interval {low} to {high}; {who}, {judged}), the gold model in "
+        f"{gold} of the same; they agree in {same}"
     ]
 
 

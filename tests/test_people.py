@@ -303,7 +303,7 @@ def test_the_stage_sets_peoples_word_beside_the_gold_models(place: Path) -> None
     assert page.index('id="people"') < page.index('id="policies"')
     [line] = people_said(place)
     assert line.startswith("People prefer PPO to SFT in 83% (95 % interval ")
-    assert line.endswith("2 of them, 4 judgements), the gold model in 67% of the same; they agree in 67%")
+    assert line.endswith("; 2 people, 4 judgements), the gold model in 67% of the same; they agree in 67%")
 
 
 @pytest.mark.slow
