@@ -84,8 +84,8 @@ def people_said(root: Path) -> list[str]:
         for name, one, many in (("annotators", "person", "people"), ("judgements", "judgement", "judgements"))
     )
     return [
-        f"People prefer {new} to {current} in {rate} (95 % interval {low} to {high}; {who}, {judged}), the gold model in "
-        f"{gold} of the same; they agree in {same}"
+        f"People prefer {new} to {current} in {rate} (95 % interval {low} to {high}; {who}, {judged}), the gold model "
+        f"in {gold} of the same; they agree in {same}"
     ]
 
 

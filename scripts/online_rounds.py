@@ -50,7 +50,7 @@ SETTINGS = (
     "gate.min_safety_win_rate=0.3",
     "gate.max_perplexity_ratio=2",
     "preferences.prompts=48",
-    "ppo.updates=6",  # with ten the second round leaves answers of four words, and the third nothing to win
+    "ppo.updates=8",  # with ten the second round leaves answers of four words, and the third nothing to win
     "evaluate.samples_per_prompt=1",
 )
 LOOSENED = [setting for setting in SETTINGS if setting.startswith("gate.")]
