@@ -243,10 +243,11 @@ def test_the_guideline_and_skip_have_keys(site: Site, hands: Hands) -> None:
     site.start()
     for kind in ("rank", "compare", "write"):
         hands.open(f"/{kind}")
+        time.sleep(SETTLED)  # or a key comes before the script that it is for
         hands.press(*([Keys.ESCAPE] if kind == "write" else []))  # out of the text
         for key in ("?", "g", "G"):
             hands.press(key)
-            assert hands.find("#guideline").get_property("open")
+            hands.until(lambda: hands.find("#guideline").get_property("open"), f"the guideline, by {key} on {kind}")
             hands.press("s", "1", "u", Keys.ESCAPE)  # while it is read nothing else is done
             assert not hands.find("#guideline").get_property("open")
         hands.press_and_go_on("s" if kind == "rank" else "S")
