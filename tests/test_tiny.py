@@ -249,6 +249,7 @@ OF_A_FLOW = {"rlhf.flow_run_id", "mlflow.source.git.commit", "rlhf.git_commit", 
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(900)  # three runs of seven stages, which take minutes each beside other work
 def test_a_scheduled_run_and_one_by_hand_record_what_a_bare_repro_does(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
