@@ -93,14 +93,7 @@ def run(
     - `rlhf run --until reward`
     """
     _check_stage(until)
-    project = find_root()
-    if missing := preflight.problems(str(project), light=bool(recipe)):
-        raise ResourceError("\n".join(missing))
-    from flows.server import use_server
-
-    if recipe:
-        _enter_recipe(recipe, project)
-    use_server(project, meanwhile=_load_tools)
+    _begin(recipe)
     from flows.rlhf import rlhf
 
     rlhf(overrides=overrides or [], until=until, force=force, fresh=fresh, run_name=name, retries=retries)
@@ -130,15 +123,8 @@ def people(
     - `rlhf people --hours 24 --overlap 2` has two people judge each pair, for a day at most
     - `rlhf people -S people.policies=[ppo,base]`
     """
-    project = find_root()
-    if missing := preflight.problems(str(project), light=bool(recipe)):
-        raise ResourceError("\n".join(missing))
-    guideline = guideline and str(Path(guideline).resolve())
-    from flows.server import use_server
-
-    if recipe:
-        _enter_recipe(recipe, project)
-    use_server(project, meanwhile=_load_tools)
+    guideline = guideline and str(Path(guideline).resolve())  # _begin changes the folder
+    _begin(recipe)
     from flows.people import Waiting
     from flows.rlhf import rlhf
 
@@ -393,6 +379,18 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("Stopped.", err=True)
         sys.exit(130)
+
+
+def _begin(recipe: str | None) -> None:
+    """Before a run: tell what the machine lacks, go to the recipe's workspace, and have a server."""
+    project = find_root()
+    if missing := preflight.problems(str(project), light=bool(recipe)):
+        raise ResourceError("\n".join(missing))
+    from flows.server import use_server
+
+    if recipe:
+        _enter_recipe(recipe, project)
+    use_server(project, meanwhile=_load_tools)
 
 
 def _enter_recipe(recipe: str, project: Path) -> None:
