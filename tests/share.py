@@ -15,14 +15,16 @@ from accelerate.utils import gather_object
 from safetensors.torch import save, save_file
 
 from rlhf_core import checkpoints as module
-from rlhf_core import processes
+from rlhf_core import ppo, processes
 from rlhf_core.checkpoints import Checkpoints
 from rlhf_core.config import DPO, PPO, SFT, Reward
 from rlhf_core.dpo import Preference, pairs_of, train_dpo
 from rlhf_core.ensemble import add_members, member_seed, members_of, save_ensemble
 from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.ppo import POLICY, REWARD, VALUE, add_roles, train_ppo
+from rlhf_core.records import Sampled
 from rlhf_core.reward import EncodedRanking, judge_heads, normalise_on_samples, train_reward
+from rlhf_core.rollouts import sample
 from rlhf_core.sft import Example, train_sft
 from rlhf_core.tracking import MemoryTracker
 
@@ -132,10 +134,19 @@ def main(folder: Path) -> None:
         cost_axis=options.cost_axis,
         value_network=options.value_network,
     )
+    drawn = []
+
+    def drawing(*given: Any, **named: Any) -> Sampled:
+        sampled = sample(*given, **named)
+        drawn.append(sampled.responses())
+        return sampled
+
+    ppo.sample = drawing
     final, shown = train_ppo(
         roles, prompts, options, tokenizer=tokenizer, tracker=tracker, checkpoints=saved.below("ppo")
     )
     keep("ppo", roles, [POLICY, VALUE], {**final, "shown": shown}, tracker)
+    found["drawn"] = drawn
 
     minibatches = [values["ppo/minibatches"] for _, values in tracker.history]
     each = gather_object([{"minibatches": minibatches, "weights": sha256(save(weights)).hexdigest()}])
