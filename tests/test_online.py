@@ -4,7 +4,6 @@ Three campaigns at once begin from one round 0 on a small random model that ends
 judged by a person over HTTP, and the same once more, killed in every phase. Minutes long: `make test-online`.
 """
 
-import html
 import itertools
 import json
 import os
@@ -18,7 +17,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from http.cookiejar import CookieJar
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,6 +25,7 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from person import Person
 from small import write_llama
 from toy import PROJECT, store
 
@@ -150,29 +149,16 @@ class Place:
         return Place(folder, self.server, self.overrides)
 
 
-class Person:
-    """Somebody with a browser, without the browser, who likes an answer the better the fewer words it has."""
-
-    def __init__(self, port: int) -> None:
-        self.address = f"http://127.0.0.1:{port}"
-        self.open = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar())).open
-
-    def judge(self, page: str, most: int = 1000) -> int:
-        """Judge what the page shows until it shows nothing more; how many that were."""
-        for number in range(most):
-            shown = self.open(f"{self.address}/{page}", timeout=60).read().decode()
-            item = re.search(r'data-item="(\w*)"', shown)[1]  # type: ignore[index]
-            if not item:
-                return number
-            texts = re.findall(r'<div class="text markdown" dir="auto">(.*?)</div>', shown, flags=re.S)
-            lengths = [len(html.unescape(re.sub("<[^>]+>", "", text)).split()) for text in texts]
-            token = re.search(r'name="csrf" content="([^"]+)"', shown)[1]  # type: ignore[index]
-            ranks = [1 + sum(other < length for other in lengths) for length in lengths]
-            body = {"client_id": f"person-{item}", "item": item, "verdict": "ranked", "ranks": ranks, "seconds": 1.0}
-            headers = {"Content-Type": "application/json", "X-CSRF-Token": token}
-            request = urllib.request.Request(f"{self.address}/judgements", json.dumps(body).encode(), headers)
-            assert json.load(self.open(request, timeout=60))["stored"]
-        return most
+def judge(port: int, page: str, most: int = 1000) -> int:
+    """Judge as somebody who likes an answer the better the fewer words it has, until the page shows nothing more."""
+    person = Person(port)
+    for number in range(most):
+        item, texts = person.look(page)
+        if not item:
+            return number
+        lengths = [len(text.split()) for text in texts]
+        person.say(item, [1 + sum(other < length for other in lengths) for length in lengths])
+    return most
 
 
 def kill(process: subprocess.Popen[bytes], *, alone: bool = False) -> None:
@@ -235,9 +221,9 @@ def judged_by_a_person(place: Place) -> dict[str, Any]:
     process = by_a_person(place, port)
     place.until("round 1 of people waits for people", process, since=since)
     paused = poll(lambda: [run for run in place.flow_runs() if run["state_type"] == "PAUSED"])[0]
-    ranked = Person(port).judge("rank")
+    ranked = judge(port, "rank")
     place.until("the comparison of round 1 of people waits for people", process, since=since)
-    compared = Person(port).judge("compare")
+    compared = judge(port, "compare")
     place.wait(process)
     return {"paused": paused, "ranked": ranked, "compared": compared}
 
@@ -249,13 +235,13 @@ def killed_in_every_phase(place: Place) -> None:
         process = by_a_person(place, port, **({"code": PUT_AWAY} if phase == "putting away" else {}))
         if phase == "waiting":
             place.until("round 1 of people waits for people: 0 of", process, since=since)
-            Person(port).judge("rank", most=5)
+            judge(port, "rank", most=5)
         elif phase == "reward":
             place.until("round 1 of people waits for people: 5 of", process, since=since)
-            Person(port).judge("rank")
+            judge(port, "rank")
         elif phase == "gate":
             place.until("the comparison of round 1 of people waits for people", process, since=since)
-            Person(port).judge("compare")
+            judge(port, "compare")
         if phase in AT_WORK:
             place.until(AT_WORK[phase], process, since=since)
         if phase == "putting away":

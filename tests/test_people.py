@@ -1,20 +1,17 @@
 """People asked about the pipeline's own answers: what is opened for them, kept, and set beside the gold model."""
 
-import html
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
-import urllib.request
-from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import yaml
+from person import Person
 from sqlalchemy import select
 from test_flow import recorded, rlhf, toy  # noqa: F401  (a fixture)
 from toy import PROJECT, SCRIPT, child_environment, dvc, init_dvc
@@ -364,19 +361,10 @@ def test_the_flow_asks_people_and_the_stage_reads_what_they_said(toy: Path) -> N
             break
     else:
         pytest.fail("nobody was asked")
-    client = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar())).open
-    for number in range(4):
-        page = client(f"http://127.0.0.1:{port}/compare", timeout=60).read().decode()
-        item, token = (
-            re.search(pattern, page)[1]  # type: ignore[index]
-            for pattern in (r'data-item="(\w+)"', r'name="csrf" content="([^"]+)"')
-        )
-        texts = [html.unescape(text) for text in re.findall(r"<p>((?:New|Old) \d\.)</p>", page)]
-        ranks = [1 + (not text.startswith("New")) for text in texts]
-        body = {"client_id": f"person-{number}-{item}", "item": item, "verdict": "ranked", "ranks": ranks, "seconds": 1}
-        headers = {"Content-Type": "application/json", "X-CSRF-Token": token}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/judgements", json.dumps(body).encode(), headers)
-        assert json.load(client(request, timeout=60))["stored"]
+    person = Person(port)
+    for _ in range(4):
+        item, texts = person.look("compare")
+        person.say(item, [1 + (not text.startswith("New")) for text in texts])
     log = flow.communicate(timeout=120)[1]
     assert flow.returncode == 0, log
     assert "4 of 4 are judged: going on." in log

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,6 +17,7 @@ from uuid import uuid4
 import httpx
 import psutil
 import pytest
+from person import Person
 from sqlalchemy.exc import OperationalError
 from toy import PROJECT
 
@@ -136,22 +135,9 @@ def running(folder: Path) -> Iterator[Any]:
         one.process.stdout.close()
 
 
-class Person:
-    """Somebody with a browser, without the browser."""
-
-    def __init__(self, port: int) -> None:
-        self.address = f"http://127.0.0.1:{port}"
-        self.open = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar())).open
-
-    def judge(self, number: int, **changes: Any) -> None:
-        page = self.open(f"{self.address}/rank", timeout=20).read().decode()
-        token = re.search(r'name="csrf" content="([^"]+)"', page)[1]  # type: ignore[index]
-        item = re.search(r'data-item="(\w+)"', page)[1]  # type: ignore[index]
-        body = {"client_id": f"person-{number:08}", "item": item, "verdict": "ranked", "ranks": [1, 2], "seconds": 1.0}
-        body |= changes
-        headers = {"Content-Type": "application/json", "X-CSRF-Token": token}
-        request = urllib.request.Request(f"{self.address}/judgements", json.dumps(body).encode(), headers)
-        assert json.load(self.open(request, timeout=20))["stored"]
+def judge(person: Person, **changes: Any) -> None:
+    item, _ = person.look("rank")
+    person.say(item, [1, 2], **changes)
 
 
 def test_it_is_paused_with_count_and_link_and_goes_on_when_enough_is_judged(running: Any) -> None:
@@ -161,14 +147,14 @@ def test_it_is_paused_with_count_and_link_and_goes_on_when_enough_is_judged(runn
     assert paused["state"]["name"] == "Waiting for people"
     assert f"http://127.0.0.1:{flow.port}/rank" in paused["state"]["message"]
     person = Person(flow.port)
-    person.judge(1)
+    judge(person)
     flow.state("PAUSED", "1 of 3 judged")
     found = flow.api("artifacts/filter", artifacts={"flow_run_id": {"any_": [paused["id"]]}})
     kinds = {artifact["type"]: artifact for artifact in found}
     assert set(kinds) == {"markdown", "progress"}  # a link is kept as Markdown
     assert f"http://127.0.0.1:{flow.port}/rank" in kinds["markdown"]["data"]
-    person.judge(2)
-    person.judge(3)
+    judge(person)
+    judge(person)
     assert flow.until("FOUND") == "FOUND 3 3 0"
     assert "3 of 3 are judged: going on." in flow.said
     assert flow.process.wait(timeout=60) == 0
@@ -178,9 +164,9 @@ def test_who_judges_alone_and_skips_one_is_not_waited_for(running: Any) -> None:
     flow = running()
     flow.until("round 1 of try waits for people")
     person = Person(flow.port)
-    person.judge(1)
-    person.judge(2, verdict="skipped", ranks=None)
-    person.judge(3)
+    judge(person)
+    judge(person, verdict="skipped", ranks=None)
+    judge(person)
     assert flow.until("FOUND") == "FOUND 2 3 0"
     assert "Nobody has anything left to judge: going on with 2 of 3." in flow.said
 
@@ -188,7 +174,7 @@ def test_who_judges_alone_and_skips_one_is_not_waited_for(running: Any) -> None:
 def test_it_goes_on_at_the_deadline_with_what_there_is(running: Any) -> None:
     flow = running(seconds=30.0)
     flow.until("round 1 of try waits for people")
-    Person(flow.port).judge(1)
+    judge(Person(flow.port))
     assert flow.until("FOUND") == "FOUND 1 3 2"
     assert "The deadline has passed: going on with 1 of 3." in flow.said
 
@@ -196,7 +182,7 @@ def test_it_goes_on_at_the_deadline_with_what_there_is(running: Any) -> None:
 def test_resume_on_prefects_page_goes_on_with_what_there_is(running: Any) -> None:
     flow = running()
     paused = flow.state("PAUSED")
-    Person(flow.port).judge(1)
+    judge(Person(flow.port))
     flow.state("PAUSED", "1 of 3 judged")
     answer = flow.api(f"flow_runs/{paused['id']}/resume")
     assert answer["status"] == "ACCEPT"
@@ -207,7 +193,7 @@ def test_resume_on_prefects_page_goes_on_with_what_there_is(running: Any) -> Non
 def test_cancel_on_prefects_page_ends_it(running: Any) -> None:
     flow = running()
     paused = flow.state("PAUSED")
-    Person(flow.port).judge(1)
+    judge(Person(flow.port))
     answer = flow.api(f"flow_runs/{paused['id']}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     assert answer["status"] == "ACCEPT"
     assert flow.process.wait(timeout=300) != 0
