@@ -2,7 +2,8 @@
 docs/feedback.md. With --postgres the same on PostgreSQL, in a cluster of its own that is gone afterwards.
 
 Each annotator is a thread with a connection of its own that logs in, loads the page, thinks, and sends a ranking, as a
-browser does. At the end the database is counted: what was answered for has to be there, once.
+browser does; an admin has Results open meanwhile, which asks every five seconds. At the end the database is counted:
+what was answered for has to be there, once.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 from collections import Counter
@@ -37,6 +39,7 @@ from rlhf_core.feedback.store import Item, Judgement, open_store
 PROJECT = Path(__file__).resolve().parents[1]
 PASSWORD = secrets.token_hex(8)
 OVERLAP = 4
+EVERY = 5  # seconds between two looks of static/results.js
 SPARE = 1.25  # items beyond what is judged, so that nobody runs out of those that they have not judged yet
 
 
@@ -45,6 +48,7 @@ class Load(NamedTuple):
 
     pages: list[float]
     sends: list[float]
+    looks: list[float]  # at Results
     took: float
     lost: int
     doubled: int
@@ -58,12 +62,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(folder: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
+RLHF = "from flows.cli import main; main()"
+
+
+def start(folder: Path, port: int, *options: str, code: str = RLHF) -> subprocess.Popen[bytes]:
     """`rlhf feedback` as its own process, in a folder that is a project; returns when it answers."""
     (folder / "dvc.yaml").touch()
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     environment.pop("DVC_ROOT", None)
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "feedback", "--port", str(port), *options]
+    command = [sys.executable, "-c", code, "feedback", "--port", str(port), *options]
     server = subprocess.Popen(command, cwd=folder, env=environment)
     until = time.monotonic() + 60
     while time.monotonic() < until and server.poll() is None:
@@ -184,6 +191,20 @@ class Annotator:
         self.sent.append(client_id)
 
 
+class Admin(Annotator):
+    """Who has Results open."""
+
+    def watch(self, over: threading.Event) -> None:
+        """Look until it is over."""
+        while True:
+            since = time.perf_counter()
+            status, page = self.ask("GET", "/results/live", Accept="text/html")
+            self.pages.append(time.perf_counter() - since)
+            assert status == 200, f"results said {status}: {page[:200]}"
+            if over.wait(EVERY):
+                return
+
+
 def between(page: str, start: str) -> str:
     """What stands between a text and the next quote."""
     found = re.search(re.escape(start) + r'([^"]*)"', page)
@@ -209,10 +230,13 @@ def load(folder: Path, database: str, *, people: int, each: int, think: float) -
         exchange.add_items(session, items, overlap=OVERLAP)
     for number in range(people):
         add_user(store, f"person-{number}", PASSWORD, admin=False)
+    add_user(store, "admin", PASSWORD, admin=True)
     with served(folder, "--database", database) as port:
         annotators = [Annotator(port, f"person-{number}") for number in range(people)]
-        with ThreadPoolExecutor(people) as pool:
-            list(pool.map(Annotator.log_in, annotators))
+        admin, over = Admin(port, "admin"), threading.Event()
+        with ThreadPoolExecutor(people + 1) as pool:
+            list(pool.map(Annotator.log_in, [*annotators, admin]))
+            watching = pool.submit(admin.watch, over)
             since = time.perf_counter()
 
             def work(annotator: Annotator) -> None:
@@ -220,9 +244,13 @@ def load(folder: Path, database: str, *, people: int, each: int, think: float) -
                 for number in range(each):
                     annotator.judge(number, think)
 
-            list(pool.map(work, annotators))
-            took = time.perf_counter() - since
-        for annotator in annotators:
+            try:
+                list(pool.map(work, annotators))
+                took = time.perf_counter() - since
+            finally:
+                over.set()
+            watching.result()
+        for annotator in [*annotators, admin]:
             annotator.connection.close()
     with store.session() as session:
         judged = session.execute(select(Judgement.client_id, Judgement.annotator_id, Judgement.item_id)).all()
@@ -233,6 +261,7 @@ def load(folder: Path, database: str, *, people: int, each: int, think: float) -
     return Load(
         pages=[seconds for annotator in annotators for seconds in annotator.pages],
         sends=[seconds for annotator in annotators for seconds in annotator.sends],
+        looks=admin.pages,
         took=took,
         lost=len(sent - {client_id for client_id, _, _ in judged}),
         doubled=len(judged) - len({(who, item) for _, who, item in judged}),
@@ -252,7 +281,7 @@ def table(name: str, found: Load) -> str:
     ]
     lines += [f"  {found.lost} lost, {found.doubled} doubled, {found.too_often} items judged too often"]
     lines += [f"  {'milliseconds':<16}{'median':>8}{'95 %':>8}{'99 %':>8}{'most':>8}"]
-    for what, seconds in (("next page", found.pages), ("judgement", found.sends)):
+    for what, seconds in (("next page", found.pages), ("judgement", found.sends), ("results", found.looks)):
         lines.append(f"  {what:<16}" + "".join(f"{quantile(seconds, q):>8.0f}" for q in (0.5, 0.95, 0.99, 1)))
     return "\n".join(lines)
 

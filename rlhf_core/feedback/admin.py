@@ -115,10 +115,14 @@ def _artifact_rows(request: Request, artifact: str) -> list[exchange.Row]:
 
 
 def _results(request: Request) -> results.Results:
-    """The results; those of the last look where nothing was judged or undone since."""
+    """The results; those of the last look where nothing was said since, or while another look counts anew."""
     desk = desk_of(request)
-    with desk.store.session() as session:
-        mark = results.mark(session)
-        if desk.results.get("mark") != mark:
-            desk.results = {"mark": mark, "found": results.find(session)}
+    if desk.counting.acquire(blocking=not desk.results):
+        try:
+            with desk.store.session() as session:
+                mark = results.mark(session)
+                if desk.results.get("mark") != mark:
+                    desk.results = {"mark": mark, "found": results.find(session)}
+        finally:
+            desk.counting.release()
     return desk.results["found"]

@@ -44,6 +44,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Feedback-Pages": "1",  # by which the page knows that an answer is from here, and not from a proxy on the way
 }
 
 
@@ -59,6 +60,7 @@ class Desk:
     artifacts: Path | None = None  # whose files admins may import
     limit: LoginLimit = field(default_factory=LoginLimit)
     results: dict[str, Any] = field(default_factory=dict)  # the last ones, and of which judgements
+    counting: threading.Lock = field(default_factory=threading.Lock)  # held by whoever counts them
 
 
 class Guard:

@@ -111,39 +111,41 @@ def mark(session: Session) -> tuple[Any, ...]:
 
 def find(session: Session) -> Results:
     """Everything that the results page shows."""
-    kinds: tuple[Kind, ...] = get_args(Kind)
-    found: dict[Kind, Agreement] = {kind: agreement(session, kind) for kind in kinds if kind != "write"}
-    return Results(comparisons(session), found, {kind: habits(session, kind) for kind in kinds})
+    judged: dict[Kind, Sequence[Judgement]] = {kind: _judgements(session, kind) for kind in get_args(Kind)}
+    return Results(
+        _comparisons(judged["compare"], _wanted(session)),
+        {kind: _agreement(part, kind) for kind, part in judged.items() if kind != "write"},
+        {kind: _habits(part) for kind, part in judged.items()},
+    )
 
 
 # ---- who wins
 
 
-def comparisons(session: Session) -> list[Comparison]:
+def _comparisons(judged: Sequence[Judgement], wanted: Counter[tuple[str, str]]) -> list[Comparison]:
     """Win rates of each pair of sources, the pair in the order in which it was imported.
 
     Two answers of one name, such as those of rows that do not tell who wrote them, say nothing of sources.
     """
     by_pair: dict[tuple[str, str], list[Judgement]] = {}
-    for judgement in _judgements(session, "compare"):
+    for judgement in judged:
         if judgement.verdict in ANSWERS:
             first, second = judgement.item.sources
             if first == second:
                 continue
             pair = (second, first) if (second, first) in by_pair else (first, second)
             by_pair.setdefault(pair, []).append(judgement)
-    wanted = _wanted(session)
     return [
         Comparison(
             *pair,
             rates=[
-                _rate("all", judged, pair),
-                *(_rate(who, part, pair) for who, part in _parts(judged, lambda one: one.annotator.name)),
+                _rate("all", of_pair, pair),
+                *(_rate(who, part, pair) for who, part in _parts(of_pair, lambda one: one.annotator.name)),
             ],
-            by_kind=[_rate(kind, part, pair) for kind, part in _parts(judged, lambda one: one.item.category)],
-            so_far=_so_far(judged, pair, wanted),
+            by_kind=[_rate(kind, part, pair) for kind, part in _parts(of_pair, lambda one: one.item.category)],
+            so_far=_so_far(of_pair, pair, wanted),
         )
-        for pair, judged in by_pair.items()
+        for pair, of_pair in by_pair.items()
     ]
 
 
@@ -212,7 +214,7 @@ def _longer(judgement: Judgement, first: str) -> float:
 # ---- how far people agree
 
 
-def agreement(session: Session, kind: Kind) -> Agreement:
+def _agreement(judged: Sequence[Judgement], kind: Kind) -> Agreement:
     """Krippendorff's α, ordinal, and how each two people agree, those that agree least first.
 
     Of a comparison, and of each pair of responses of a ranking, is asked which is better: the first of the item, the
@@ -220,7 +222,7 @@ def agreement(session: Session, kind: Kind) -> Agreement:
     """
     from rlhf_core.agreement import krippendorff_alpha, pairwise_agreement, table
 
-    judged = [one for one in _judgements(session, kind) if one.ranks or (one.verdict == "none" and kind == "compare")]
+    judged = [one for one in judged if one.ranks or (one.verdict == "none" and kind == "compare")]
     ratings: list[Rated] = []
     choices: list[Rated] = []
     for one in judged:
@@ -252,9 +254,8 @@ def agreement(session: Session, kind: Kind) -> Agreement:
 # ---- how each person judges
 
 
-def habits(session: Session, kind: Kind) -> list[Habit]:
+def _habits(judged: Sequence[Judgement]) -> list[Habit]:
     """All people together, then one by one."""
-    judged = _judgements(session, kind)
     if not judged:
         return []
     return [_habit("all", judged), *(_habit(who, part) for who, part in _parts(judged, lambda one: one.annotator.name))]

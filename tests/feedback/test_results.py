@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 from people import Person
 from scipy.stats import binomtest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from rlhf_core.agreement import judged_so_far, wilson
 from rlhf_core.feedback import exchange
-from rlhf_core.feedback.results import agreement, comparisons, habits
+from rlhf_core.feedback.results import Results, find
 from rlhf_core.feedback.store import Guideline, Item, Judgement, Store
 from rlhf_core.statistics import length_controlled_win_rate
 
@@ -41,7 +44,7 @@ def test_win_rates_by_all_and_by_annotator(browser: Browser, store: Store, items
     for number in range(1, 3):
         choose(sam, store, "sft", f"client-s{number}")
     with store.session() as session:
-        [pair] = comparisons(session)
+        [pair] = find(session).comparisons
         everyone, by_kim, by_sam = pair.rates
         assert (pair.first, pair.second) == ("ppo", "sft")
         assert (by_kim.wins, by_kim.ties, by_kim.both_bad, by_kim.losses) == (3, 1, 1, 1)
@@ -49,7 +52,7 @@ def test_win_rates_by_all_and_by_annotator(browser: Browser, store: Store, items
         assert (by_sam.wins, by_sam.losses, by_sam.rate) == (0, 2, 0.0)
         assert (everyone.prompts, by_sam.prompts) == (6, 2)
         assert everyone.low < everyone.rate < everyone.high
-        habit = {row.who: row for row in habits(session, "compare")}
+        habit = {row.who: row for row in find(session).habits["compare"]}
         assert (habit["kim"].judged, habit["kim"].none, habit["sam"].skipped) == (6, 1, 1)
         assert habit["all"].seconds == 2.5
     page = kim.get("/results").text
@@ -66,8 +69,8 @@ def test_answers_of_one_name_are_no_comparison_of_sources(browser: Browser, stor
     for number in range(2):
         assert kim.judge("compare", client_id=f"client-{number}").status_code == 200
     with store.session() as session:
-        assert comparisons(session) == []
-        assert habits(session, "compare")[0].judged == 2
+        assert find(session).comparisons == []
+        assert find(session).habits["compare"][0].judged == 2
     assert kim.get("/results").status_code == 200
 
 
@@ -81,7 +84,7 @@ def test_the_rate_at_equal_length_takes_away_what_length_explains(browser: Brows
     for number in range(6):  # four times ppo, and most of the time the longer one
         choose(kim, store, "ppo" if number in (0, 1, 2, 4) else "sft", f"client-{number}")
     with store.session() as session:
-        [pair] = comparisons(session)
+        [pair] = find(session).comparisons
         judged = session.scalars(select(Judgement)).all()
         wins, longer = [], []
         for one in judged:
@@ -100,7 +103,7 @@ def test_the_left_sides_share_is_of_what_was_decided(browser: Browser, store: St
     for number, ranks in enumerate([[1, 2], [1, 2], [1, 2], [2, 1], [1, 1]]):
         kim.judge("compare", client_id=f"client-{number}", ranks=ranks)
     with store.session() as session:
-        assert habits(session, "compare")[0].left == wilson(3, 4)
+        assert find(session).habits["compare"][0].left == wilson(3, 4)
 
 
 def test_several_judgements_of_one_prompt_are_one_case(browser: Browser, store: Store, items: None) -> None:
@@ -111,7 +114,7 @@ def test_several_judgements_of_one_prompt_are_one_case(browser: Browser, store: 
     for number in range(6):
         choose(kim, store, "ppo", f"client-{number}")
     with store.session() as session:
-        [pair] = comparisons(session)
+        [pair] = find(session).comparisons
     assert (pair.rates[0].prompts, pair.rates[0].wins, pair.rates[0].rate) == (1, 6, 1.0)
     assert pair.rates[0].low < 0.25
 
@@ -125,7 +128,7 @@ def test_win_rates_by_kind_of_prompt(browser: Browser, store: Store, items: None
         category = "refuse" if "refuse</p>" in kim.get("/compare").text else "explain"
         choose(kim, store, "ppo" if category == "explain" else "sft", f"client-{number}")
     with store.session() as session:
-        [pair] = comparisons(session)
+        [pair] = find(session).comparisons
     assert [(rate.who, rate.rate, rate.prompts) for rate in pair.by_kind] == [("explain", 1, 3), ("refuse", 0, 3)]
     assert "Kind of prompt" in kim.get("/results").text
 
@@ -137,12 +140,12 @@ def test_the_test_of_when_to_stop_counts_a_prompt_once_it_has_all_its_judgements
     for number in range(6):
         choose(people[0], store, "ppo", f"client-k{number}")
     with store.session() as session:
-        assert comparisons(session)[0].so_far == (0, 0.0, 1.0, False)
+        assert find(session).comparisons[0].so_far == (0, 0.0, 1.0, False)
     assert "has not begun" in people[0].get("/results").text
     for number in range(6):
         choose(people[1], store, "ppo", f"client-s{number}")
     with store.session() as session:
-        [pair] = comparisons(session)
+        [pair] = find(session).comparisons
         verdict = judged_so_far([1.0] * 6)
     assert pair.so_far == (6, verdict.win_rate.low, verdict.win_rate.high, verdict.enough)
     assert "Go on judging" in people[0].get("/results").text
@@ -163,7 +166,7 @@ def test_agreement_of_each_two_people(browser: Browser, store: Store, items: Non
     for name, best in (("kim", "ppo"), ("sam", "ppo"), ("lee", "sft")):
         judge_all(browser(name), "compare", best, name)
     with store.session() as session:
-        found = agreement(session, "compare")
+        found = find(session).agreement["compare"]
     assert [(pair.first, pair.second, pair.judged, pair.share) for pair in found.pairs] == [
         ("kim", "lee", 6, 0), ("sam", "lee", 6, 0), ("kim", "sam", 6, 1),
     ]  # fmt: skip
@@ -175,8 +178,8 @@ def test_agreement_of_rankings_goes_by_ranks_and_by_pairs(browser: Browser, stor
     for name in ("kim", "sam"):
         judge_all(browser(name), "rank", "Red", name)
     with store.session() as session:
-        found = agreement(session, "rank")
-        assert agreement(session, "compare") == (None, [], [])
+        found = find(session).agreement["rank"]
+        assert find(session).agreement["compare"] == (None, [], [])
     assert found.alpha.mean == 1
     assert [(pair.judged, pair.share) for pair in found.pairs] == [(18, 1)]
 
@@ -202,7 +205,7 @@ def test_alpha_has_an_interval_once_fifty_items_were_judged_by_two(
                     )
                 )  # fmt: skip
         session.flush()
-        alpha = agreement(session, "rank").alpha
+        alpha = find(session).agreement["rank"].alpha
     assert -1 < alpha.mean < 1
     assert (alpha.low < alpha.mean < alpha.high) == interval
     page = people[0].get("/results").text
@@ -220,7 +223,7 @@ def test_every_pair_of_people_is_on_the_page_those_beyond_the_first_thirty_folde
     for number, person in enumerate(people):  # p8 is alone in what they say
         judge_all(person, "compare", "sft" if number == 8 else "ppo", str(number))
     with store.session() as session:
-        found = agreement(session, "compare")
+        found = find(session).agreement["compare"]
     assert [(pair.second, pair.share) for pair in found.pairs[:8]] == [("p8", 0)] * 8
     assert (len(found.pairs), len(found.folded)) == (30, 6)  # of 9 · 8 / 2
     shown, folded = people[0].get("/results").text.split("<summary>6 more, who agree more</summary>")
@@ -234,7 +237,7 @@ def test_who_goes_by_side_or_by_length_is_seen(browser: Browser, store: Store, i
     for number in range(6):
         sam.judge(client_id=f"client-s{number}", ranks=[1, 2, 3])
     with store.session() as session:
-        of = {habit.who: habit for habit in habits(session, "rank")}
+        of = {habit.who: habit for habit in find(session).habits["rank"]}
     assert of["sam"].left == wilson(6, 6)  # always the first on the page
 
 
@@ -246,7 +249,7 @@ def test_how_often_the_longest_of_a_ranking_comes_before_the_shortest(
         places = {"A cherry.": cherry, "Red.": red, "A banana.": 1}  # the two fruits are as long: the first one counts
         assert kim.judge(client_id=f"client-{number}", ranks=[places[text] for text in kim.responses()]).is_success
     with store.session() as session:
-        [everyone, _] = habits(session, "rank")
+        [everyone, _] = find(session).habits["rank"]
     assert everyone.longer == wilson(4, 5)
 
 
@@ -264,7 +267,7 @@ def test_how_often_the_longer_of_two_wins_and_how_long_it_takes(browser: Browser
     sam = browser("sam")
     sam.judge("compare", client_id="client-s", verdict="skipped", ranks=None, seconds=500)
     with store.session() as session:
-        of = {habit.who: habit for habit in habits(session, "compare")}
+        of = {habit.who: habit for habit in find(session).habits["compare"]}
     assert of["kim"].longer == wilson(3, 4)  # neither the tie nor two of one length
     assert of["kim"].seconds == 3.5  # between 3 and 4
     assert (of["all"].seconds, of["sam"].seconds) == (3.5, None)  # what was skipped took no judging
@@ -281,3 +284,27 @@ def test_the_live_part_changes_when_somebody_judges_or_takes_back(browser: Brows
     kim.submit(f"/judgements/{kim.last('compare')}/undo")
     assert kim.get("/results/live").text == before
     assert browser("sam").get("/results/live").status_code == 403
+
+
+def test_a_look_while_another_counts_shows_what_was_known(
+    browser: Browser, items: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kim = browser("kim", admin=True)
+    before = kim.get("/results/live").text
+    kim.judge(client_id="client-1")
+    counting, go_on = Event(), Event()
+
+    def slowly(session: Session) -> Results:
+        counting.set()
+        go_on.wait(30)
+        return find(session)
+
+    monkeypatch.setattr("rlhf_core.feedback.results.find", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(kim.get, "/results/live")
+        try:
+            assert counting.wait(30)
+            assert kim.get("/results/live").text == before
+        finally:
+            go_on.set()
+        assert other.result().text != before

@@ -15,7 +15,7 @@ from rlhf_core.feedback import exchange
 from rlhf_core.feedback.app import create_app
 from rlhf_core.feedback.gold import accuracy
 from rlhf_core.feedback.judging import progress
-from rlhf_core.feedback.results import habits
+from rlhf_core.feedback.results import find
 from rlhf_core.feedback.store import Item, Judgement, Store
 
 Browser = Callable[..., Person]
@@ -166,7 +166,7 @@ def test_everybody_gets_gold_questions_and_is_measured_by_them(browser: Browser,
             ranks[best] = 3 if name == "sam" else 1
             assert person.judge(client_id=f"client-{name}-{number}", ranks=ranks).status_code == 200
     with store.session() as session:
-        of = {habit.who: (habit.gold.mean, habit.golds) for habit in habits(session, "rank")}
+        of = {habit.who: (habit.gold.mean, habit.golds) for habit in find(session).habits["rank"]}
         # best of three is known: two of three ordered pairs are right where it comes first, none where it comes last
         assert of["kim"] == (pytest.approx(2 / 3), 2)
         assert of["sam"] == (0, 2)
@@ -197,7 +197,7 @@ def test_an_answer_becomes_known_when_its_file_is_imported_again(browser: Browse
     assert import_again(("Red.", 3), ("A banana.", 2), ("A cherry.", 1)) == "Added nothing. 2 were there already."
     with store.session() as session:
         assert [(item.gold, item.gold_from) for item in session.scalars(select(Item))] == [([1, 3, 2], None)] * 2
-        [everyone, _] = habits(session, "rank")
+        [everyone, _] = find(session).habits["rank"]
     assert (everyone.gold.mean, everyone.golds) == (pytest.approx(2 / 3), 2)  # cherry first, the others tied
     assert "of 2</span>" in kim.get("/results").text
     before = kim.get("/results").text
@@ -217,7 +217,8 @@ def test_an_admin_makes_an_own_judgement_the_known_answer(browser: Browser, stor
     with store.session() as session:
         judgement = session.get(Judgement, int(mine))
         assert judgement.item.gold == judgement.ranks
-        assert {habit.who: habit.golds for habit in habits(session, "compare")}["kim"] == 0  # not measured by itself
+        golds = {habit.who: habit.golds for habit in find(session).habits["compare"]}
+        assert golds["kim"] == 0  # not measured by itself
     assert admin.submit(f"/admin/gold/{mine}").json() == {"gold": False}
     admin.submit(f"/admin/gold/{mine}")
     admin.submit(f"/judgements/{mine}/undo")
