@@ -82,7 +82,8 @@ def feedback(
     typer.echo(f"Feedback: http://{in_address(host)}:{port}   (Ctrl-C ends it)")
     if not store.has_login():
         typer.echo("Nobody has a password: whoever sits at this machine is its admin, without login.")
-    uvicorn.run(page, host=host, port=port, log_level="warning", server_header=False)
+    # X-Forwarded-For is believed only where a proxy was said to be: else anyone here may write any address.
+    uvicorn.run(page, host=host, port=port, log_level="warning", server_header=False, proxy_headers=https)
     store.close()
 
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sqlalchemy import select
@@ -85,32 +85,48 @@ def secret_key(path: Path) -> str:
 
 
 class LoginLimit:
-    """At most 5 wrong passwords for a name from one address, and 20 from one address, in five minutes."""
+    """In five minutes at most 5 wrong passwords for a name from one address, 20 from one address, 100 for a name."""
 
     SECONDS = 300
-    BY_NAME, BY_ADDRESS = 5, 20
+    BY_BOTH, BY_ADDRESS, BY_NAME = 5, 20, 100
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._tries: list[tuple[float, str, str]] = []  # when, name, address, of those not known to be right
-        self._one_at_a_time = threading.Lock()
+        self._wrong: list[tuple[float, str, str]] = []  # when, name, address
+        self._checked: list[tuple[str, str]] = []  # name and address of those that are being checked
+        self._changed = threading.Condition()
 
-    def admits(self, name: str, address: str) -> bool:
-        """Whether a password may be tried. It counts as wrong until `right` is told: checking takes long, and of many
-        tries at once no more are checked than of many in a row.
+    def fits(self, name: str, address: str, check: Callable[[], bool]) -> bool | None:
+        """What `check` says of a password; None, and it is not called, where too many wrong ones came before.
+
+        Checking takes long. Of many tries at once no more are checked than of many in a row: a try waits for those
+        before it wherever they, all wrong, would leave it none.
         """
-        name, now = name[:80], self.clock()
-        with self._one_at_a_time:
-            self._tries = [one for one in self._tries if one[0] > now - self.SECONDS]
-            names = [known for _, known, origin in self._tries if origin == address]
-            if len(names) >= self.BY_ADDRESS or names.count(name) >= self.BY_NAME:
-                return False
-            self._tries.append((now, name, address))
-            return True
+        one = (name[:80], address)
+        with self._changed:
+            while not self._left(*one, self._checked):
+                if not self._left(*one, []):
+                    return None
+                self._changed.wait()
+            self._checked.append(one)
+        right = False
+        try:
+            right = check()
+        finally:
+            with self._changed:
+                self._checked.remove(one)
+                if not right:
+                    self._wrong.append((self.clock(), *one))
+                self._changed.notify_all()
+        return right
 
-    def right(self, name: str, address: str) -> None:
-        """Take back the last try of that name: its password was right."""
-        with self._one_at_a_time:
-            last = next((one for one in reversed(self._tries) if one[1:] == (name[:80], address)), None)
-            if last:
-                self._tries.remove(last)
+    def _left(self, name: str, address: str, checked: Sequence[tuple[str, str]]) -> bool:
+        """Whether one more may be wrong, if those that are being checked are."""
+        since = self.clock() - self.SECONDS
+        self._wrong = [one for one in self._wrong if one[0] > since]
+        tries = [one[1:] for one in self._wrong] + list(checked)
+        return (
+            tries.count((name, address)) < self.BY_BOTH
+            and sum(origin == address for _, origin in tries) < self.BY_ADDRESS
+            and sum(known == name for known, _ in tries) < self.BY_NAME
+        )

@@ -42,6 +42,9 @@ def read_foreign(tasks: Any, *, name: str, prompt: str = "", buckets: Sequence[s
                 )
         except DataError as error:
             raise DataError(f"{name}, number {place}: {error}") from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DataError(f"{name}, number {place} is not in the form of an export ({what})") from error
     return rows
 
 
@@ -159,6 +162,10 @@ def _prompt_name(fields: Mapping[str, Any], prompt: str) -> str:
 
 
 def _row(prompt: Any, responses: Sequence[str], ranks: Sequence[int], who: str) -> dict[str, Any]:
+    empty = [number for number, text in enumerate([prompt, *responses]) if not _is_text(text)]
+    if empty:
+        what = ", ".join(f"response {number}" if number else "the prompt" for number in empty)
+        raise DataError(f"found no text in {what}")
     row = {"prompt": prompt, "responses": list(responses), "ranks": list(ranks), "source": "human", "annotator": who}
     return {name: value for name, value in row.items() if value != ""}
 

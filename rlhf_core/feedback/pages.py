@@ -54,18 +54,17 @@ def login(request: Request, fields: Form) -> Response:
     """Check name and password."""
     desk, name = desk_of(request), judging.storable(fields.get("name", "")).strip()
     address = request.client.host if request.client else ""
-    problem, status = "", 200
-    if not desk.limit.admits(name, address):
+    with desk.store.session() as session:
+        session.expire_on_commit = False
+        annotator = session.scalar(select(Annotator).where(Annotator.name == name))
+    password_hash = annotator.password_hash if annotator else None
+    fits = desk.limit.fits(name, address, lambda: password_fits(fields.get("password", ""), password_hash))
+    if fits and annotator:
+        log_in(request, annotator)
+        return RedirectResponse("/", 303)
+    problem, status = "Name or password is wrong.", 401
+    if fits is None:
         problem, status = "Too many wrong passwords. Wait five minutes.", 429
-    else:
-        with desk.store.session() as session:
-            session.expire_on_commit = False
-            annotator = session.scalar(select(Annotator).where(Annotator.name == name))
-        if password_fits(fields.get("password", ""), annotator.password_hash if annotator else None) and annotator:
-            desk.limit.right(name, address)
-            log_in(request, annotator)
-            return RedirectResponse("/", 303)
-        problem, status = "Name or password is wrong.", 401
     return render(request, "login.html.j2", status, problem=problem, possible=desk.store.has_login())
 
 

@@ -11,7 +11,8 @@ from people import ANSWERS, PASSWORD, Person
 from typer.testing import CliRunner
 
 from flows import cli, feedback, listening
-from rlhf_core.errors import ConfigError, DataError, ResourceError
+from rlhf_core.data import parse_ranking
+from rlhf_core.errors import ConfigError, DataError, MissingArtifact, ResourceError
 from rlhf_core.feedback.store import open_store
 
 
@@ -51,11 +52,13 @@ def test_another_database_can_be_named_before_or_after_the_command(project: Path
     assert not (project / ".rlhf" / "feedback.db").exists()
 
 
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def served(monkeypatch: pytest.MonkeyPatch, *, with_options: bool = False) -> list[Any]:
     import uvicorn
 
-    hosts: list[str] = []
-    monkeypatch.setattr(uvicorn, "run", lambda app, *, host, **options: hosts.append(host))
+    hosts: list[Any] = []
+    monkeypatch.setattr(
+        uvicorn, "run", lambda app, *, host, **options: hosts.append((host, options) if with_options else host)
+    )
     monkeypatch.setattr(feedback, "require_free", lambda *_: None)
     return hosts
 
@@ -99,6 +102,29 @@ def test_behind_a_proxy_only_with_a_password(project: Path, monkeypatch: pytest.
     run("add-user", "kim", password=f"{PASSWORD}\n")
     run("--https")
     assert hosts == ["127.0.0.1"]
+
+
+def test_only_behind_a_proxy_is_it_believed_who_asks(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = served(monkeypatch, with_options=True)
+    run("add-user", "kim", password=f"{PASSWORD}\n")
+    run()
+    run("--https")
+    assert [options["proxy_headers"] for _, options in found] == [False, True]
+
+
+def test_another_tools_export_becomes_rankings(project: Path) -> None:
+    export = Path(__file__).parent / "exports" / "label_studio.json"
+    said = run("convert", str(export), "out.jsonl", "--buckets", "good, bad")
+    assert said == "out.jsonl: 3 rankings.\n"
+    assert [parse_ranking(json.loads(line)).ranks for line in Path("out.jsonl").read_text().splitlines()] == [
+        (1, 2, 3), (1, 2, 2), (1, 2),
+    ]  # fmt: skip
+    Path("table.csv").write_text("prompt,response")
+    with pytest.raises(ConfigError, match="Export JSON, not CSV"):
+        run("convert", "table.csv", "other.jsonl")
+    with pytest.raises(MissingArtifact, match=r"Found no export none\.json"):
+        run("convert", "none.json", "other.jsonl")
+    assert not Path("other.jsonl").exists()
 
 
 @pytest.mark.parametrize("host", ["::1", "::", "127.0.0.1", "0.0.0.0", "localhost"])

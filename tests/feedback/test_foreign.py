@@ -92,3 +92,24 @@ def test_an_id_that_is_not_listed_is_named() -> None:
     task["annotations"][0]["result"][0]["value"]["ranker"] = ["a", "z"]
     with pytest.raises(DataError, match="the ranking names 'z', which is none of the listed a, b, c"):
         read_foreign([task], name="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("label_studio", (0, "annotations", 0, "result", 0, "value"), {}, r"not in the form of an export \(KeyError"),
+        ("label_studio", (0, "annotations", 0, "result"), None, r"not in the form of an export \(TypeError"),
+        ("label_studio", (1, "data"), ["a"], "x, number 2: found the fields a; expected a prompt"),
+        ("argilla", (0, "responses", "preference", 0), "kim", r"not in the form of an export \(AttributeError"),
+        ("argilla", (0, "fields", "response1"), " ", "x, number 1: found no text in response"),
+        ("argilla", (0, "fields", "prompt"), "", "x, number 1: found no text in the prompt"),
+    ],
+)
+def test_what_is_malformed_is_named(name: str, place: tuple[Any, ...], value: Any, message: str) -> None:
+    tasks = export(name)
+    inner = tasks
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    with pytest.raises(DataError, match=message):
+        read_foreign(tasks, name="x", buckets=("good", "bad"))

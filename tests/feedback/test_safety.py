@@ -5,6 +5,7 @@ import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import pytest
 from itsdangerous import TimestampSigner
@@ -146,15 +147,47 @@ def test_many_wrong_passwords_at_once_are_no_more_tries_than_in_a_row(browser: B
     assert sorted(answers) == [401] * 5 + [429] * 3
 
 
-def test_the_limit_counts_by_address_too_and_passes() -> None:
+def test_the_limit_counts_by_address_and_by_name_too_and_passes() -> None:
     time = [0.0]
     limit = LoginLimit(clock=lambda: time[0])
-    for number in range(20):
-        assert limit.admits(f"name {number}", "192.0.2.7")
-    assert not limit.admits("fresh", "192.0.2.7")
-    assert limit.admits("fresh", "192.0.2.8")
+
+    def wrong(name: str, address: str) -> bool | None:
+        return limit.fits(name, address, lambda: False)
+
+    assert [wrong(f"name {number}", "192.0.2.7") for number in range(21)] == [False] * 20 + [None]
+    assert wrong("fresh", "192.0.2.8") is False
+    assert [wrong("kim", f"198.51.100.{number}") for number in range(101)] == [False] * 100 + [None]
+    assert limit.fits("sam", "198.51.100.7", lambda: True) is True
+    assert limit.fits("fresh", "192.0.2.7", lambda: True) is None
     time[0] = 301.0
-    assert limit.admits("fresh", "192.0.2.7")
+    assert limit.fits("fresh", "192.0.2.7", lambda: True) is True
+
+
+def test_a_whole_class_may_log_in_at_once_from_one_address() -> None:
+    limit, at_once, most = LoginLimit(), [0], [0]
+
+    def right() -> bool:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        sleep(0.02)
+        at_once[0] -= 1
+        return True
+
+    with ThreadPoolExecutor(40) as pool:
+        assert list(pool.map(lambda n: limit.fits(f"name {n}", "192.0.2.7", right), range(60))) == [True] * 60
+    assert 1 < most[0] <= LoginLimit.BY_ADDRESS
+
+
+def test_a_check_that_fails_counts_as_wrong_and_holds_up_nobody() -> None:
+    limit = LoginLimit()
+
+    def broken() -> bool:
+        raise OSError("no memory")
+
+    for _ in range(5):
+        with pytest.raises(OSError, match="no memory"):
+            limit.fits("kim", "192.0.2.7", broken)
+    assert limit.fits("kim", "192.0.2.7", lambda: True) is None
 
 
 def test_passwords_are_salted_hashes(store: Store) -> None:
