@@ -5,6 +5,7 @@ The pages are in pages.py, those for admins in admin.py.
 
 import hmac
 import secrets
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field

@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,51 @@ def test_a_judgement_whose_answer_is_lost_is_sent_again_and_stored_once(site: Si
     time.sleep(SETTLED)
     hands.press_and_go_on("2")
     assert len(site.judgements()) == 2
+
+
+def test_a_judgement_waits_on_the_page_where_the_browser_stores_nothing(site: Site, hands: Hands) -> None:
+    site.add(ANSWERS)
+    site.start()
+    hands.open("/compare")
+    hands.press_and_go_on("1")  # the box has held something before
+    hands.driver.execute_script("Storage.prototype.setItem = () => { throw new DOMException('full'); }")
+    site.kill()
+    time.sleep(SETTLED)
+    hands.press("2")
+    hands.until(lambda: "leave the page open" in hands.find("#notice").text, "the page to say that it waits")
+    site.start()
+    hands.until(lambda: "yours 2" in hands.find(".progress").text, "the page after it")
+    assert len(site.judgements()) == 2
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Says of everything that it is not here, as a proxy does while what is behind it is away."""
+
+    def do_POST(self) -> None:
+        self.send_response(404)
+        self.end_headers()
+        self.wfile.write(b'{"detail": "Not found."}')
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_a_refusal_by_another_server_loses_nothing(site: Site, hands: Hands) -> None:
+    site.add(ANSWERS)
+    site.start()
+    hands.open("/compare")
+    site.kill()
+    with ThreadingHTTPServer(("127.0.0.1", site.port), Stranger) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        time.sleep(SETTLED)
+        hands.press("1")
+        hands.until(lambda: "waits on this device" in hands.find("#notice").text, "the page to say that it waits")
+        stranger.shutdown()
+    site.start()
+    hands.until(lambda: "yours 1" in hands.find(".progress").text, "the page after it")
+    assert len(site.judgements()) == 1
 
 
 def test_the_guideline_and_skip_have_keys(site: Site, hands: Hands) -> None:

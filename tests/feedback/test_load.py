@@ -1,14 +1,17 @@
 """Several people at once on a real server, on SQLite and on PostgreSQL: nothing lost, nothing twice."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from people import PASSWORD, RANKINGS, SECRET, Person, log_in
+from person import Person as Caller
 from sqlalchemy import Connection, create_engine, event, select, text
 from test_store import open_at_once
 
@@ -40,6 +43,53 @@ def test_five_people_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(found.sends) == 40
 
 
+# `kill -9` by the server's own hand: it is a matter of a millisecond.
+KILLED = {
+    "before it is committed": """
+def killed(session, *given, known=judging.submit, **named):
+    known(session, *given, **named)
+    os.kill(os.getpid(), signal.SIGKILL)
+judging.submit = killed
+""",
+    "before it is answered": """
+def killed(work):
+    work()
+    os.kill(os.getpid(), signal.SIGKILL)
+pages._again_if_outrun = killed
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", KILLED)
+def test_a_judgement_at_which_the_server_is_killed_is_sent_again_and_stored_once(when: str, tmp_path: Path) -> None:
+    database, port = tmp_path / "feedback.db", feedback_load.free_port()
+    store = open_store(database)
+    with store.session() as session:
+        rows = [(1, RANKINGS[0])]
+        exchange.add_items(session, exchange.find_items("rows", rows, kind=None, policies=("", ""), how=""))
+    code = f"import os, signal\nfrom rlhf_core.feedback import judging, pages\n{KILLED[when]}\n{feedback_load.RLHF}"
+    server = feedback_load.start(tmp_path, port, "--database", str(database), code=code)
+    someone = Caller(port)
+    item, _ = someone.look("rank")
+    with pytest.raises(ConnectionError):
+        someone.say(item, [1, 2, 3])
+    assert server.wait(timeout=30) == -signal.SIGKILL
+    with store.session() as session:
+        assert len(session.scalars(select(Judgement)).all()) == (when == "before it is answered")
+    server = feedback_load.start(tmp_path, port, "--database", str(database))
+    try:
+        for _ in range(2):
+            someone.say(item, [1, 2, 3])
+    finally:
+        server.kill()
+        server.wait()
+    with store.session() as session:
+        assert len(session.scalars(select(Judgement)).all()) == 1
+        assert session.scalar(text("PRAGMA integrity_check")) == "ok"
+    store.close()
+
+
 @pytest.mark.slow
 def test_the_pages_work_on_postgresql(postgres: str, tmp_path: Path) -> None:
     store = open_store(postgres)
@@ -58,6 +108,9 @@ def test_the_pages_work_on_postgresql(postgres: str, tmp_path: Path) -> None:
         headers = {"X-CSRF-Token": kim.token(), "Content-Type": "application/json"}
         answer = kim.post("/judgements", content=json.dumps(body), headers=headers)
         assert answer.status_code == 200, answer.text
+    with ThreadPoolExecutor(8) as pool:  # the last one once more, many times at once
+        again = list(pool.map(lambda _: kim.post("/judgements", content=json.dumps(body), headers=headers), range(8)))
+    assert [answer.json() for answer in again] == [{"stored": True, "new": False}] * 8
     kim.submit(f"/judgements/{kim.last()}/undo")
     assert kim.submit("/admin/gold/1").json() == {"gold": True}
     assert kim.get("/results").status_code == 200

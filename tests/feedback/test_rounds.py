@@ -8,8 +8,8 @@ from sqlalchemy import select
 
 from rlhf_core.agreement import judged_so_far
 from rlhf_core.feedback import exchange, rounds
-from rlhf_core.feedback.results import comparisons
-from rlhf_core.feedback.store import Item, Store
+from rlhf_core.feedback.results import find
+from rlhf_core.feedback.store import Item, Judgement, Store
 
 ROWS = [
     {
@@ -104,6 +104,12 @@ def test_a_closed_round_is_shown_to_nobody_and_keeps_its_judgements(
         kim.judge(client_id=f"kim-{number:08}")
     with store.session() as session:
         rounds.close(session, dict.fromkeys(keys, 0))
+    with store.session() as session:
+        mine = session.scalars(select(Judgement.id).join(Item).where(Item.key.in_(keys))).all()
+    assert int(kim.last()) not in mine  # what a round has taken along is not taken back
+    refused = [kim.submit(f"/judgements/{one}/undo") for one in mine]  # from a page that was open meanwhile
+    assert [answer.status_code for answer in refused] == [409] * 3
+    assert "of a round that is over" in refused[0].json()["detail"]
     sam = browser("sam")
     for number in range(6):  # those of others only
         assert sam.judge(client_id=f"sam-{number:08}").status_code == 200
@@ -142,10 +148,10 @@ def test_results_tell_what_was_said_in_a_round_that_is_closed(store: Store, brow
             ranks = [1, 2] if first == "New." else [2, 1]
             assert person.judge("compare", client_id=f"{name}-{place:08}", ranks=ranks).status_code == 200
     with store.session() as session:
-        assert comparisons(session)[0].so_far.prompts == 1
+        assert find(session).comparisons[0].so_far.prompts == 1
         rounds.close(session, {item.key(): 0 for item in found})
     with store.session() as session:
-        [pair] = comparisons(session)
+        [pair] = find(session).comparisons
     assert (pair.first, pair.rates[0].rate, pair.rates[0].wins, pair.rates[0].prompts) == ("new", 1.0, 4, 3)
     assert pair.so_far == (3, *judged_so_far([1.0] * 3).win_rate[1:], False)
     for path in ("/results", "/results/live"):

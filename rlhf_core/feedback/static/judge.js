@@ -13,27 +13,29 @@ const box = `rlhf-feedback-${annotator}`;
 const RETRY = 3000; // milliseconds
 const SETTLE = 350; // milliseconds in which a page takes no answer: the second half of a double click is none
 const began = performance.now();
-const REFUSED = [404, 409, 413, 422]; // sending these again would change nothing
+const REFUSED = [404, 409, 413, 422]; // sending these again would change nothing, if it is the pages that say so
 let token = document.querySelector("meta[name=csrf]").content;
-let unkept = []; // what waits where the browser stores nothing
+let unkept = null; // what waits while the browser stores nothing
 let busy = false;
 
 // ---- sending
 
 function waiting() {
+  if (unkept) return unkept;
   try {
-    return JSON.parse(localStorage.getItem(box)) || unkept;
+    return JSON.parse(localStorage.getItem(box)) ?? [];
   } catch {
-    return unkept;
+    return [];
   }
 }
 
 function keep(entries) {
-  unkept = entries;
+  unkept = null;
   try {
-    localStorage.setItem(box, JSON.stringify(entries));
+    if (entries.length) localStorage.setItem(box, JSON.stringify(entries));
+    else localStorage.removeItem(box); // which a full store allows too
   } catch {
-    // A full or forbidden store: the entry waits as long as this page is open.
+    unkept = entries; // a full or forbidden store: they wait as long as this page is open
   }
 }
 
@@ -52,6 +54,7 @@ async function post(path, body) {
   const headers = { "Content-Type": "application/json", "X-CSRF-Token": token, Accept: "application/json" };
   try {
     const answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body) });
+    if (!answer.headers.has("X-Feedback-Pages")) return { status: 0 }; // a proxy's word, or another server's
     const told = await answer.json().catch(() => ({}));
     return { status: answer.status, detail: typeof told.detail === "string" ? told.detail : "It was not accepted." };
   } catch {
@@ -85,10 +88,11 @@ async function flush() {
     } else {
       if (status === 403 && (await freshToken())) continue;
       const many = waiting().length;
-      const what = many === 1 ? "A judgement waits" : `${many} judgements wait`;
-      if (status >= 500) tell(`${detail} ${what} on this device.`);
-      else if (status === 401 || status === 403) tell(`You are not logged in. ${what} on this device and will be sent when you judge again.`, "/login");
-      else tell(`No connection. ${what} on this device and will be sent once, as soon as it is back.`);
+      const what = `${many === 1 ? "A judgement waits" : `${many} judgements wait`} on this ${unkept ? "page" : "device"}`;
+      const open = unkept ? " This browser stores nothing now: leave the page open." : "";
+      if (status >= 500) tell(`${detail} ${what}.${open}`);
+      else if (status === 401 || status === 403) tell(`You are not logged in. ${what} and will be sent when you judge again.${open}`, "/login");
+      else tell(`No connection. ${what} and will be sent once, as soon as it is back.${open}`);
       setTimeout(flush, RETRY);
       return;
     }
