@@ -200,6 +200,7 @@ class Admin(Annotator):
             since = time.perf_counter()
             status, page = self.ask("GET", "/results/live", Accept="text/html")
             self.pages.append(time.perf_counter() - since)
+            self.connection.close()  # which the server does not keep for five seconds; the next look opens another
             assert status == 200, f"results said {status}: {page[:200]}"
             if over.wait(EVERY):
                 return

@@ -49,8 +49,10 @@ SETTINGS = (
     "reward.weights={rule: 2, human: 2, ai: 0.25}",
     "gate.min_safety_win_rate=0.3",
     "gate.max_perplexity_ratio=2",
-    "preferences.prompts=48",
-    "ppo.updates=8",  # with ten the second round leaves answers of four words, and the third nothing to win
+    # Much judged and a few small steps: with 48 prompts and eight updates the first round goes as far as with these, and
+    # the third, whose reward model has seen three rounds, ends at answers of one word (docs/log.md).
+    "preferences.prompts=96",
+    "ppo.updates=5",
     "evaluate.samples_per_prompt=1",
 )
 LOOSENED = [setting for setting in SETTINGS if setting.startswith("gate.")]
