@@ -49,7 +49,7 @@ SETTINGS = (
     "reward.weights={rule: 2, human: 2, ai: 0.25}",
     "gate.min_safety_win_rate=0.3",
     "gate.max_perplexity_ratio=2",
-    # Much judged and a few small steps: with 48 prompts and eight updates the first round goes as far as with these, and
+    # Much judged and few steps: with 48 prompts and eight updates the first round goes as far as with these, and
     # the third, whose reward model has seen three rounds, ends at answers of one word (docs/log.md).
     "preferences.prompts=96",
     "ppo.updates=5",
