@@ -520,6 +520,13 @@ class Gate(Section):
     )
     bootstrap_samples: int = Field(ge=100, description="Resamples of prompts for the win rate's 95 % interval.")
     min_win_rate: float = Field(ge=0, le=1, description="The lower end of the win rate's interval has to be above it.")
+    min_predicted: float = Field(
+        ge=0,
+        lt=1,
+        description="Where above 0: how often the reward model orders responses as the round's own judgements of "
+        "validation prompts do, from which it did not learn, has to be above it with its whole interval. 0.5 keeps out "
+        "a round of judgements that a coin might have given.",
+    )
     max_kl: float = Field(gt=0, description="Most KL to the SFT policy. Nats a response.")
     max_perplexity_ratio: float = Field(
         gt=0, description="Most perplexity of held-out demonstrations, as a multiple of the SFT policy's."

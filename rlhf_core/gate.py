@@ -4,7 +4,7 @@ Who judges, where answers come from, and what follows from the verdict are not h
 """
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from itertools import product
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from rlhf_core.config import Gate, People
 from rlhf_core.data import parse_prompt
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.records import Message
-from rlhf_core.statistics import Interval, answers_outcome, length_controlled_win_rate, longest_wins, win_rate
+from rlhf_core.statistics import Interval, answers_outcome, length_controlled_win_rate, longest_wins, outcome, win_rate
 
 
 class Pair(NamedTuple):
@@ -195,6 +195,23 @@ def in_percent(found: Interval) -> str:
     return f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"
 
 
+def predicted(ranks: Sequence[Sequence[int]], judged: Sequence[Sequence[int]]) -> Interval:
+    """How often ranks order responses as judgements do: share of the pairs that a judgement decides, ties half.
+
+    A judgement is one case, by its mean, since its pairs are not independent; 95 % interval over judgements. Nobody
+    predicts more than half of what a coin says.
+
+    Args:
+        ranks: by the reward model, one row a judgement. 1 is best.
+        judged: by the annotator, in the same order. None is all ties.
+    """
+    shares = []
+    for ours, theirs in zip(ranks, judged, strict=True):
+        decided = [(i, j) for i, j in permutations(range(len(theirs)), 2) if theirs[i] < theirs[j]]
+        shares.append(sum(outcome(-ours[i], -ours[j]) for i, j in decided) / len(decided))
+    return mean_interval(shares)
+
+
 def judge_round(
     pairs: Sequence[Pair],
     judged: Rates,
@@ -202,6 +219,7 @@ def judge_round(
     config: Gate,
     *,
     policy: str = "ppo",
+    learned: Interval | None = None,
 ) -> Verdict:
     """Hold a round against all limits; it is promoted if every check passes.
 
@@ -209,6 +227,7 @@ def judge_round(
         pairs: the answers compared, which the gold model has judged.
         judged: the win rates by `config.judge`. The plain one decides; the other is told beside it.
         evaluate: metrics of stage evaluate for the new policy.
+        learned: how often the reward model predicts the round's own judgements; None where none was held out.
     """
     gold = judged if config.judge == "gold" else gold_rates(pairs, config)
     kl, own, sft = evaluate[policy]["kl"], evaluate[policy]["perplexity"], evaluate["sft"]["perplexity"]
@@ -259,5 +278,15 @@ def judge_round(
         )
         metrics |= {"safety_win_rate": safe.mean, "safety_win_rate_high": safe.high}
         metrics |= {"safety_length_controlled_win_rate": at_equal_length.mean}
+    if learned is not None or config.min_predicted:
+        found = learned or Interval(float("nan"), 0.0, 1.0)
+        limit = f"the lower end has to be above {config.min_predicted:.0%}" if config.min_predicted else "shown only"
+        words = f"the reward model predicts the round's own judgements, held out, in {in_percent(found)}; {limit}"
+        if learned is None:
+            words = f"no judgement of the round was held out, so that none could be predicted; {limit}"
+        passed = not config.min_predicted or found.low > config.min_predicted
+        checks.append(Check("predicted", found.low, config.min_predicted, passed, words))
+    if learned is not None:
+        metrics |= {"predicted": learned.mean, "predicted_low": learned.low, "predicted_high": learned.high}
     promoted = all(check.passed for check in checks)
     return Verdict(promoted, tuple(checks), {**metrics, "promoted": float(promoted)})

@@ -49,13 +49,14 @@ SETTINGS = (
     "reward.weights={rule: 2, human: 2, ai: 0.25}",
     "gate.min_safety_win_rate=0.3",
     "gate.max_perplexity_ratio=2",
+    "gate.min_predicted=0.5",  # or the coin's round wins by what was judged before, which is replayed
     # Much judged and few steps: with 48 prompts and eight updates the first round goes as far as with these, and
     # the third, whose reward model has seen three rounds, ends at answers of one word (docs/log.md).
     "preferences.prompts=96",
     "ppo.updates=5",
     "evaluate.samples_per_prompt=1",
 )
-LOOSENED = [setting for setting in SETTINGS if setting.startswith("gate.")]
+CHANGED = [setting for setting in SETTINGS if setting.startswith("gate.")]
 
 
 class Round(NamedTuple):
@@ -250,7 +251,7 @@ def main() -> None:
     rounds.run(f"rule:{COIN}", ROUNDS_BY_RULE + 1)
     found = [read_round(place) for place in sorted((rounds.folder / "rounds").glob("[0-9][0-9][0-9]"))]
     print(f"\n{table(found)}\n\nRound {BY_PEOPLE} was killed with -9 in: {', '.join(rounds.seen)}.")
-    print(f"The gate had other limits than params.yaml gives it: {', '.join(LOOSENED)}.")
+    print(f"The gate had other limits than params.yaml gives it: {', '.join(CHANGED)}.")
     print(f"{(time.monotonic() - began) / 60:.0f} minutes")
     if wrong := problems(found, rounds.seen, quick=quick):
         raise SystemExit("It did not go as it should:\n" + "\n".join(f"  {line}" for line in wrong))

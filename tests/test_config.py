@@ -206,6 +206,7 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("preferences", "annotator", "ai"),
         ("gate", "max_kl", 0),
         ("gate", "min_safety_win_rate", 1.1),
+        ("gate", "min_predicted", 1),
     ],
 )
 def test_an_impossible_value_is_named_with_its_key(raw: dict[str, Any], section: str, key: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 """When a new policy takes over: each limit alone keeps it out, and all of them kept let it in."""
 
+import random
 import re
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_core.gate import (
     gold_rates,
     judge_round,
     pair_answers,
+    predicted,
     rates,
     require_safety_kinds,
 )
@@ -31,6 +33,7 @@ VALUES: dict[str, Any] = {
     "judge": "gold",
     "bootstrap_samples": 200,
     "min_win_rate": 0.5,
+    "min_predicted": 0.0,
     "max_kl": 10.0,
     "max_perplexity_ratio": 1.2,
     "safety_kinds": ["unsafe"],
@@ -133,6 +136,36 @@ def test_a_safety_kind_that_no_prompt_has_is_told() -> None:
     kindless = held(pairs(40, 10, category=""))
     assert "nothing was checked on unsafe." in report(kindless, None, 1, CONFIG)
     assert "nothing was checked" not in report(held(GOOD), None, 1, CONFIG)
+
+
+def test_how_often_judgements_are_predicted_is_a_mean_over_them() -> None:
+    # all three pairs right; of the two that are decided one right and one a tie; one pair, wrong
+    found = predicted([(1, 2, 3), (1, 1, 3), (2, 1)], [(1, 2, 3), (1, 2, 2), (1, 2)])
+    assert found.mean == pytest.approx((1 + 0.75 + 0) / 3)
+    coin = random.Random(0)
+    guesses = [coin.sample((1, 2, 3, 4), 4) for _ in range(400)]
+    by_chance = predicted([(1, 2, 3, 4)] * 400, guesses)
+    assert by_chance.low < 0.5 < by_chance.high
+    assert by_chance.high - by_chance.low < 0.08
+
+
+def test_judgements_that_a_coin_might_have_given_keep_a_round_out_where_asked() -> None:
+    strict = CONFIG.model_copy(update={"min_predicted": 0.5})
+
+    def verdict(config: Gate, learned: Interval | None) -> Verdict:
+        return judge_round(GOOD, gold_rates(GOOD, config), EVALUATE, config, learned=learned)
+
+    coins, taught = Interval(0.44, 0.3, 0.6), Interval(0.79, 0.64, 0.88)
+    assert failed(verdict(strict, coins)) == ["predicted"]
+    assert verdict(strict, taught).promoted
+    assert verdict(CONFIG, coins).promoted  # shown only
+    said = verdict(CONFIG, coins)
+    assert said.checks[-1].words.endswith("held out, in 44% (30% to 60%); shown only")
+    assert [said.metrics[name] for name in ("predicted", "predicted_low", "predicted_high")] == list(coins)
+    assert failed(verdict(strict, None)) == ["predicted"]  # what cannot be told is not taken for granted
+    assert "no judgement of the round was held out" in verdict(strict, None).checks[-1].words
+    assert "predicted" not in verdict(CONFIG, None).metrics
+    assert verdict(CONFIG, None).promoted
 
 
 def test_another_judge_decides_and_the_gold_model_stands_beside_it() -> None:

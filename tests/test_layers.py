@@ -105,8 +105,7 @@ def test_dvc_watches_all_code_that_decides_a_stages_numbers(stage: str) -> None:
 def test_dvc_watches_all_code_of_the_stages_of_online_rounds(stage: str) -> None:
     deps = yaml.safe_load((PROJECT / "recipes/online/stages.yaml").read_text())["stages"][stage]["deps"]
     watched = {Path(dep).stem for dep in deps if dep.startswith("rlhf_core/")}
-    allowed = {"preferences": {"base"}, "gate": {"models", "functional", "processes", "base"}}[stage]
-    needed = core_modules(PROJECT / "tasks" / f"{stage}.py", set()) - EVERYWHERE - allowed
+    needed = core_modules(PROJECT / "tasks" / f"{stage}.py", set()) - EVERYWHERE - {"base"}
     assert watched == needed
     assert f"tasks/{stage}.py" in deps
 
