@@ -180,20 +180,20 @@ def undo(session: Session, annotator: int, judgement: int) -> None:
     """Withdraw a judgement; the item comes again. The judgement stays in the database.
 
     Raises:
-        Refused: it is another person's, or there is none; or its round is over, which has taken it along.
+        Refused: it is another person's, or there is none; or a ranking whose round is over, which learned from it.
     """
     found = session.get(Judgement, judgement)
     if found is None or found.annotator_id != annotator:
         raise Refused(404, "There is no such judgement of yours.")
-    if not found.item.overlap and found.withdrawn_at is None:
-        raise Refused(409, "What you judged last is of a round that is over: it is taken along as it is.")
+    if found.item.kind == "rank" and not found.item.overlap and found.withdrawn_at is None:
+        raise Refused(409, "What you ranked last is of a round that is over: it was learned from as it is.")
     found.withdrawn_at = found.withdrawn_at or now()
     if found.item.gold_from == judgement:
         found.item.gold = found.item.gold_from = None
 
 
 def last_judgement(session: Session, annotator: int, kind: Kind) -> int | None:
-    """The id of what a person said last of items that are open, which undo takes back."""
+    """The id of what a person said last, which undo takes back; of rankings, of items that are open."""
     return session.scalar(_LAST, {"me": annotator, "kind": kind})
 
 
@@ -314,7 +314,7 @@ _MINE = (
 _LAST = (
     select(Judgement.id)
     .join(Item)
-    .where(Judgement.annotator_id == ME, LIVE, Item.kind == KIND, Item.overlap > 0)
+    .where(Judgement.annotator_id == ME, LIVE, Item.kind == KIND, (Item.overlap > 0) | (Item.kind != "rank"))
     .order_by(Judgement.id.desc())
     .limit(1)
 )
