@@ -24,7 +24,7 @@ class Person:
         texts = re.findall(r'<div class="text markdown" dir="auto">(.*?)</div>', shown, flags=re.S)
         return item, [html.unescape(re.sub("<[^>]+>", "", text)).strip() for text in texts]
 
-    def say(self, item: str, ranks: list[int], **changes: Any) -> None:
+    def say(self, item: str, ranks: list[int] | None, **changes: Any) -> None:
         """Judge the item that was looked at last."""
         body = {"client_id": f"person-{item}", "item": item, "verdict": "ranked", "ranks": ranks, "seconds": 1.0}
         headers = {"Content-Type": "application/json", "X-CSRF-Token": self.token}

@@ -137,7 +137,7 @@ def running(folder: Path) -> Iterator[Any]:
 
 def judge(person: Person, **changes: Any) -> None:
     item, _ = person.look("rank")
-    person.say(item, [1, 2], **changes)
+    person.say(item, **{"ranks": [1, 2], **changes})
 
 
 def test_it_is_paused_with_count_and_link_and_goes_on_when_enough_is_judged(running: Any) -> None:
