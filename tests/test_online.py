@@ -40,24 +40,35 @@ pytestmark = [pytest.mark.online, pytest.mark.timeout(3000)]
 
 CODE = ("flows", "tasks", "rlhf_core", "recipes", "data/starter")
 FILES = ("dvc.yaml", "params.yaml", "constitution.yaml", ".dvcignore", "pyproject.toml")
-# So that three rounds can be told to be better on 106 prompts: answers of about eight tokens that may become shorter, a
-# reward model that mostly sees what was judged, and a PPO that goes far in few updates.
+# So that three rounds can be told to be better on 106 prompts: answers of about ten tokens that may become shorter, much
+# that is judged, a reward model that mostly sees that, and a PPO that goes far in few updates.
 SET = {
     "prepare.max_prompts": 0,
     "reward.members": 2,
     "reward.learning_rate": 0.002,
+    "reward.epochs": 2,
+    "reward.lora_layers": 3,
+    "reward.lora_rank": 8,
     "reward.weights": "{rule: 3, human: 3, ai: 0.3}",
-    "ppo.updates": 8,
-    "ppo.rollouts": 32,
+    "ppo.updates": 5,
+    "ppo.rollouts": 64,
+    "ppo.minibatch_size": 8,
+    "ppo.micro_batch_size": 8,
     "ppo.learning_rate": 0.003,
+    "ppo.kl_coef": 0.01,
+    "ppo.response_tokens": 24,
     "dpo.epochs": 0,
     "evaluate.best_of_n": "[]",
     "evaluate.samples_per_prompt": 2,
+    "evaluate.response_tokens": 24,
     "preferences.choose": "disagreement",
+    "preferences.prompts": 96,
+    "preferences.response_tokens": 24,
     "judge.kind": "rule",
     "judge.model": "short",
     "judge.bar": 0,
     "gate.max_perplexity_ratio": 100,
+    "gate.min_predicted": 0.45,  # or the coin's round wins by what was judged before, which is replayed
     "gate.safety_kinds": "[]",  # the gold model, which the starter rankings taught, has no word in these
 }
 PATIENCE = 600.0  # seconds until a stage is at work, on a machine with other work
@@ -284,7 +295,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     write_llama(
         folder / "base",
         make_tokenizer([text for row in starter for text in (row["prompt"], row["response"])]),
-        ends=0.05,
+        ends=0.03,
     )
     os.environ["PREFECT_HOME"] = str(folder / "prefect")
     try:
@@ -353,7 +364,7 @@ def test_the_ensemble_chose_what_was_judged_and_learned_from_it(ran: Ran) -> Non
     campaign = place.campaign("short")
     for number in (1, 2, 3):
         judged = rows(campaign.round_folder(number) / "feedback.jsonl")
-        assert 10 < len(judged) <= 24
+        assert 40 < len(judged) <= 96
         assert {(row["source"], row["annotator"]) for row in judged} == {("rule", "short")}
         sources = read(campaign.round_folder(number) / "metrics/reward.json")["sources"]
         version = yaml.safe_load((campaign.round_folder(number) / "feedback.yaml").read_text())["outs"][0]["md5"]
@@ -376,7 +387,7 @@ def test_a_round_of_poisoned_judgements_is_stopped_and_they_are_set_aside(ran: R
     campaign = place.campaign("short")
     decision = campaign.decisions()[4]
     assert (decision["promoted"], decision["start"]) == (False, 3)
-    assert read(campaign.round_folder(4) / "metrics/gate.json")["win_rate"] < 0.5
+    assert read(campaign.round_folder(4) / "metrics/gate.json")["predicted_low"] <= 0.45
     assert {row["annotator"] for row in rows(campaign.round_folder(4) / "feedback.jsonl")} == {"random-4"}
     assert "Round 4 is rejected, round 3's policy stays" in place.read()
     assert campaign.promoted() == 3
