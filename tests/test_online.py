@@ -40,8 +40,8 @@ pytestmark = [pytest.mark.online, pytest.mark.timeout(3000)]
 
 CODE = ("flows", "tasks", "rlhf_core", "recipes", "data/starter")
 FILES = ("dvc.yaml", "params.yaml", "constitution.yaml", ".dvcignore", "pyproject.toml")
-# So that three rounds can be told to be better on 106 prompts: answers of about ten tokens that may become shorter, much
-# that is judged, a reward model that mostly sees that, and a PPO that goes far in few updates.
+# So that three rounds can be told to be better on 106 prompts: answers of about ten tokens that may become shorter,
+# much judged, a reward model that mostly sees that, and a PPO that goes far in few updates.
 SET = {
     "prepare.max_prompts": 0,
     "reward.members": 2,
