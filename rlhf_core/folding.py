@@ -25,6 +25,7 @@ class Fold(NamedTuple):
     of_GF: Tensor  # (G, F) long, the place in (B, S) that each folded place stands for; padding stands for the first
     positions_GF: Tensor  # (G, F) long, in a row of its own
     sees_GFF: Tensor  # (G, F, F) bool, True where the first place attends to the second
+    mask_GF: Tensor  # (G, F) bool, False at padding
     to_BS: Tensor  # (B, S) long, where among the folded places each place is found; padding at a group's first
     groups: Sequence[tuple[int, int]]  # of each of G, as `alike` says them
 
@@ -100,8 +101,8 @@ def fold_rows(mask_BS: Tensor, groups: Sequence[tuple[int, int]]) -> Fold:
     theirs_GFF = (owner_GF[:, None, :] == -1) | (owner_GF[:, :, None] == owner_GF[:, None, :])
     sees_GFF = theirs_GFF & (places_F[:, None] >= places_F)
     to_BS = _padded(to, 0) + torch.tensor(group_of)[:, None] * len(places_F)
-    of_GF, positions_GF, sees_GFF, to_BS = (part.to(mask_BS.device) for part in (of_GF, positions_GF, sees_GFF, to_BS))
-    return Fold(of_GF, positions_GF, sees_GFF, to_BS, groups)
+    parts = (of_GF, positions_GF, sees_GFF, owner_GF != -2, to_BS)
+    return Fold(*(part.to(mask_BS.device) for part in parts), groups)
 
 
 def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:

@@ -10,7 +10,7 @@ Models stay in eval mode for good: dropout in rollouts or updates alone would mo
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_core import processes
+from rlhf_core import processes, unpadding
 from rlhf_core.base import set_pad
 from rlhf_core.config import Training
 from rlhf_core.errors import MissingArtifact
@@ -140,6 +140,7 @@ def load_policy(folder: str | Path) -> PreTrainedModel:
         if not (folder / "config.json").is_file():
             raise MissingArtifact(_missing(folder))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        unpadding.prepare(model)
     _no_dropout(model.config)
     return model.eval()
 
@@ -169,6 +170,7 @@ class Roles(nn.Module):
         self.axes: dict[str, dict[str, Normaliser]] = {}  # role -> axis -> its normaliser, in the order of the outputs
         self._depth: int | None = None
         self._folds: bool | None = None
+        self._unpads: bool | None = None
         self._views: dict[Any, nn.Module] = {}
 
     # ---- roles
@@ -339,13 +341,14 @@ class Roles(nn.Module):
 
     def hidden(self, trunk: Trunk, role: str) -> Tensor:
         """(B, S, D) last hidden states of a role, final norm included."""
+        run = self._way(trunk.mask_BS, trunk.fold)
         body = self._activate(role)
         with self._recomputing(body, role):
             if trunk.states.dim() == 2:
-                found = _run(_body(body), trunk.mask_BS, trunk.fold, input_ids=trunk.states)
+                found = run(_body(body), trunk.mask_BS, trunk.fold, input_ids=trunk.states)
             else:
                 upper = self._view(body, slice(self.depth, self.layers))
-                found = _run(upper, trunk.mask_BS, trunk.fold, inputs_embeds=trunk.states)
+                found = run(upper, trunk.mask_BS, trunk.fold, inputs_embeds=trunk.states)
         return found if trunk.fold is None else trunk.fold.unfold(found)
 
     def logprobs(
@@ -472,7 +475,19 @@ class Roles(nn.Module):
             self._folds = self._bears_folding()
         return self._folds
 
+    @property
+    def unpads(self) -> bool:
+        """Whether padding may be left out, which has to be shown as well."""
+        if self._unpads is None:
+            self._unpads = self._bears_unpadding()
+        return self._unpads
+
     # ---- inside
+
+    def _way(self, mask_BS: Tensor, fold: Fold | None) -> Callable[..., Tensor]:
+        """The function that runs a body over such rows."""
+        padded = not bool((mask_BS if fold is None else fold.mask_GF).all())
+        return _run_unpadded if padded and self.unpads else _run
 
     def _predicting(self, trunk: Trunk, role: str, hidden_BSD: Tensor | None) -> Tensor:
         """(N, D) last hidden states where the next token is one of a response."""
@@ -504,7 +519,8 @@ class Roles(nn.Module):
     @torch.no_grad()
     def _lower(self, ids_BS: Tensor, mask_BS: Tensor, fold: Fold | None = None) -> Tensor:
         ids = ids_BS if fold is None else fold.fold(ids_BS)
-        return _run(self._view(self.model, slice(0, self.depth)), mask_BS, fold, input_ids=ids)
+        lower = self._view(self.model, slice(0, self.depth))
+        return self._way(mask_BS, fold)(lower, mask_BS, fold, input_ids=ids)
 
     @torch.no_grad()
     def _bears_folding(self) -> bool:
@@ -523,6 +539,22 @@ class Roles(nn.Module):
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # no such mask is taken
             return False
         return torch.allclose(plain[mask_BS], folded[mask_BS], rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def _bears_unpadding(self) -> bool:
+        config: Any = self.model.config
+        if config._attn_implementation != unpadding.ATTENTION or getattr(config, "sliding_window", None):
+            return False
+        ids_BS = torch.arange(12, device=self.device).reshape(2, 6) % config.vocab_size
+        mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        mask_BS[0, 3:] = False
+        body = _body(self.model)  # with whatever adapter is on
+        plain = _run(body, mask_BS, input_ids=ids_BS)
+        try:
+            unpadded = _run_unpadded(body, mask_BS, input_ids=ids_BS)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # it does not pass `places` on
+            return False
+        return torch.allclose(plain[mask_BS], unpadded[mask_BS], rtol=1e-4, atol=1e-4)
 
     def _new_adapter(self) -> LoraConfig:
         training = self.training_section
@@ -630,6 +662,17 @@ def _run(body: Any, mask_BS: Tensor, fold: Fold | None = None, **inputs: Tensor)
         hides = torch.where(fold.sees_GFF, 0.0, torch.finfo(torch.float32).min)[:, None]
         out = body(attention_mask=hides, position_ids=fold.positions_GF, use_cache=False, **inputs)
     return out.last_hidden_state
+
+
+def _run_unpadded(body: Any, mask_BS: Tensor, fold: Fold | None = None, **inputs: Tensor) -> Tensor:
+    if fold is not None:
+        return unpadding.run(body, fold.mask_GF, fold.positions_GF, fold.sees_GFF, **inputs)
+    width = mask_BS.shape[1]
+    causal_SS = torch.ones((width, width), dtype=torch.bool, device=mask_BS.device).tril()
+    # Padding sees itself, lest its softmax be empty; nothing else sees it.
+    sees_BSS = causal_SS & mask_BS[:, None] | torch.eye(width, dtype=torch.bool, device=mask_BS.device)
+    positions_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
+    return unpadding.run(body, mask_BS, positions_BS, sees_BSS, **inputs)
 
 
 def _body(model: Any) -> Any:

@@ -64,7 +64,7 @@ def test_imports_go_down_and_tools_have_one_owner(path: Path) -> None:
 
 # Modules of rlhf_core that decide no number of a stage, though it imports them, and why.
 ALLOWED = {
-    "prepare": {"models", "folding", "functional", "processes"},  # only where a model's folder is found
+    "prepare": {"models", "folding", "functional", "processes", "unpadding"},  # only where a model's folder is found
     "sft": {"base"},  # what it did lies in artifacts/base; so for the stages after
     "reward": {"base"},
     # The code of judges: a run with the reward model, the usual one, need not be repeated for it. DVC watches the
@@ -72,7 +72,14 @@ ALLOWED = {
     "ppo": {"base", "annotators", "chat", "endpoint", "judges", "local", "pairs", "quality", "scoring", "statistics"},
     "dpo": {"base"},
     "evaluate": {"base", "checkpoints", "optimisation"},  # the last two of the loops, whose other functions it uses
-    "people": {"models", "folding", "functional", "processes", "base"},  # of reading rows, which loads no model
+    "people": {
+        "models",
+        "folding",
+        "functional",
+        "processes",
+        "base",
+        "unpadding",
+    },  # of reading rows, which loads no model
 }
 EVERYWHERE = {"config", "errors", "tracking"}  # values are DVC params; messages; what reports
 
