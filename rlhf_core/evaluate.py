@@ -39,7 +39,7 @@ from rlhf_core.tracking import Tracker
 POLICIES = ("base", "sft", "ppo")  # of every run; "dpo" may come on top
 COMPARISONS = (("ppo", "sft"), ("sft", "base"), ("dpo", "sft"), ("ppo", "dpo"))
 JUDGES = ("reward", "gold")
-SAMPLED_ROWS = 128  # prompts answered at once: each holds its keys and values of all layers
+SAMPLED_ROWS = 192  # responses sampled at once: each holds its keys and values of all layers
 MEASURED_ROWS = 16  # rows in one forward pass when responses are measured
 LENGTH_SAMPLES = 500  # refits for the interval of a length-controlled rate
 
@@ -98,48 +98,53 @@ def evaluate_policies(
         demonstrations, tokenizer, system=system, max_response_tokens=config.response_tokens
     )
     more = max(max(config.best_of_n, default=0) - config.samples_per_prompt, 0)  # of SFT, for its best of n
-    parts = range(0, len(encoded), SAMPLED_ROWS)
-    total = (len(policies) * (config.samples_per_prompt + 2) + more) * len(parts)
+    rounds = {policy: [config.samples_per_prompt + 1] for policy in policies}  # how often a policy answers each prompt
+    if more:
+        rounds["sft"].append(more)
+    total = 2 * sum(len(_parts(encoded, turns)) for of_one in rounds.values() for turns in of_one)
+    done = 0
+
+    def advance(note: str, answers: Sampled) -> None:
+        nonlocal done
+        done += 1
+        tracker.progress(done, total, unit="passes", tokens=int(answers.mask_BT.sum()), note=note)
+
     sampled: dict[str, list[Response]] = {}
     greedy: dict[str, list[Response]] = {}
     pool: list[Response] = []  # what SFT said beyond its samples
     metrics: dict[str, Any] = {}
-    done = 0
     for policy in policies:
         roles, role = (base if policy == "base" else tuned), (REFERENCE if policy in ("base", "sft") else policy)
-        # Every policy draws the same random numbers, so that differences are the policies' own. What SFT says beyond
-        # its samples draws others, or its samples of a later part would not be those of the rest.
-        generator, beyond = (torch.Generator().manual_seed(config.seed + apart) for apart in (0, SEED_STEP))
-        by_turn: list[list[Response]] = [[] for _ in range(config.samples_per_prompt + 1 + more * (policy == "sft"))]
-        for start in parts:
-            answers: list[Sampled] = []  # one of each prompt a turn
-            for turn in range(len(by_turn)):
-                answers.append(
-                    sample(
-                        roles.language_model(role),
-                        encoded[start : start + SAMPLED_ROWS],
-                        max_tokens=config.response_tokens,
-                        temperature=config.temperature,
-                        stop_id=tokenizer.eos_token_id,
-                        pad_id=tokenizer.pad_token_id,
-                        generator=generator if turn <= config.samples_per_prompt else beyond,
-                        greedy=turn == 0,
-                        keep_depth=tuned.depth if roles is tuned else 0,
-                        logprobs=policy != "sft",
-                    )
+        said: list[list[Response]] = []  # of each turn one response a prompt, the first of them greedy
+        for number, turns in enumerate(rounds[policy]):
+            # Every policy draws the same random numbers, so that differences are the policies' own. What SFT says
+            # beyond its samples draws others, or its samples of a later part would not be those of the rest.
+            generator = torch.Generator().manual_seed(config.seed + number * SEED_STEP)
+            of_round: list[list[Response]] = [[] for _ in range(turns)]
+            for first, part in _parts(encoded, turns):
+                answers = sample(
+                    roles.language_model(role),
+                    part * turns,
+                    max_tokens=config.response_tokens,
+                    temperature=config.temperature,
+                    stop_id=tokenizer.eos_token_id,
+                    pad_id=tokenizer.pad_token_id,
+                    generator=generator,
+                    greedy=[number == turn == 0 for turn in range(turns) for _ in part],
+                    keep_depth=tuned.depth if roles is tuned else 0,
+                    logprobs=policy != "sft",
                 )
-                done += 1
-                note = f"{policy} {'greedy' if turn == 0 else f'sample {turn}'}"
-                tracker.progress(done, total, unit="passes", tokens=int(answers[-1].mask_BT.sum()), note=note)
-            measured = _measure(tuned, policy, answers, config.temperature, tokenizer, first=start)
-            for so_far, responses in zip(by_turn, measured, strict=True):
-                so_far += responses
-            done += 1
-            tokens = sum(int(one.mask_BT.sum()) for one in answers)
-            tracker.progress(done, total, unit="passes", tokens=tokens, note=f"{policy} measured")
-        greedy[policy] = by_turn[0]
-        sampled[policy] = [one for turn in by_turn[1 : config.samples_per_prompt + 1] for one in turn]
-        pool += [one for turn in by_turn[config.samples_per_prompt + 1 :] for one in turn]
+                advance(f"{policy} answered", answers)
+                measured = _measure(
+                    tuned, policy, answers, config.temperature, tokenizer, first=first, prompts=len(part)
+                )
+                for turn, so_far in enumerate(of_round):
+                    so_far += measured[turn * len(part) : (turn + 1) * len(part)]
+                advance(f"{policy} measured", answers)
+            said += of_round
+        greedy[policy] = said[0]
+        sampled[policy] = [one for turn in said[1 : config.samples_per_prompt + 1] for one in turn]
+        pool += [one for turn in said[config.samples_per_prompt + 1 :] for one in turn]
         metrics[policy] = {
             **_summary(sampled[policy]),
             **axis_intervals(sampled[policy], config, cost_axis=cost_axis),
@@ -249,63 +254,64 @@ def axis_intervals(responses: Sequence[Response], config: Evaluate, *, cost_axis
     return found
 
 
+def _parts(prompts: Sequence[list[int]], turns: int) -> list[tuple[int, list[list[int]]]]:
+    """Prompts in such numbers that their answers of all turns are sampled at once, and the number of the first."""
+    at_once = max(SAMPLED_ROWS // turns, 1)
+    return [(first, list(prompts[first : first + at_once])) for first in range(0, len(prompts), at_once)]
+
+
 @torch.no_grad()
 def _measure(
     tuned: Roles,
     policy: str,
-    answers: Sequence[Sampled],
+    answers: Sampled,
     temperature: float,
     tokenizer: PreTrainedTokenizerBase,
     *,
     first: int,
-) -> list[list[Response]]:
-    """What each of a policy's turns answered to the same prompts; `first` is the number of the first of these."""
-    responses = [one.responses() for one in answers]
-    prompts, count = answers[0].prompts, len(answers[0].prompts)
+    prompts: int,
+) -> list[Response]:
+    """What a policy answered, in the same order: to some prompts, then to the same prompts again.
+
+    Args:
+        first: the number of the first prompt.
+        prompts: how many they are.
+    """
+    responses, count = answers.responses(), len(answers.prompts)
     own = processes.own(range(count))  # the rows that this process sampled, and whose hidden states it may have kept
+    kept = dict(zip(own, answers.states, strict=True)) if answers.states is not None else {}
     # A prompt's answers side by side, so that the prompt is computed once for all of them.
-    places = [(turn, row) for row in own for turn in range(len(answers))]
-    kept = {
-        (turn, row): state
-        for turn, one in enumerate(answers)
-        for row, state in zip(own, one.states or (), strict=one.states is not None)
-    }
-    kl = torch.zeros(len(answers), count)
-    scored = {judge: torch.zeros(len(answers), count, 1 + len(tuned.axes[judge])) for judge in JUDGES}
-    for numbers in batches([[*prompts[row], *responses[turn][row]] for turn, row in places], MEASURED_ROWS):
-        part = [places[number] for number in numbers]
-        packed = pack([prompts[row] for _, row in part], [responses[turn][row] for turn, row in part], 0)
-        states = [kept[place] for place in part] if kept else None
+    places = sorted(own, key=lambda row: (row % prompts, row))
+    kl_B = torch.zeros(count)
+    scored = {judge: torch.zeros(count, 1 + len(tuned.axes[judge])) for judge in JUDGES}
+    for numbers in batches([[*answers.prompts[row], *responses[row]] for row in places], MEASURED_ROWS):
+        rows = [places[number] for number in numbers]
+        packed = pack([answers.prompts[row] for row in rows], [responses[row] for row in rows], 0)
+        states = [kept[row] for row in rows] if kept else None
         trunk = tuned.trunk(packed, states=states, folded=True)  # once, for the reference and both judges
-        at = tuple(torch.tensor(part).T)
         if policy != "sft":
             ref_BT, _ = tuned.logprobs(trunk, REFERENCE, packed.ids_BT, packed.mask_BT, temperature=temperature)
-            kl[at] = -ref_BT.sum(1).cpu()  # 0 beyond the response, as is what the policy says of its own tokens
+            kl_B[rows] = -ref_BT.sum(1).cpu()  # 0 beyond the response, as is what the policy says of its own tokens
         for judge, scores in scored.items():
-            scores[at] = member_scores(tuned, trunk, judge).mean(1).cpu()
-    found = []
-    for turn, one in enumerate(answers):
-        kl_B = processes.place(kl[turn, own], own, count)
-        if one.logprobs_BT is not None:
-            kl_B = kl_B + one.logprobs_BT.sum(1)
-        by_judge = {judge: processes.place(of[turn, own], own, count).tolist() for judge, of in scored.items()}
-        found.append(
-            [
-                Response(
-                    prompt=first + row,
-                    text=str(tokenizer.decode(response, skip_special_tokens=True)).strip(),
-                    tokens=len(response),
-                    stopped=bool(one.stopped_B[row]),
-                    reward=by_judge["reward"][row][0],
-                    gold_reward=by_judge["gold"][row][0],
-                    kl=float(kl_B[row]),
-                    reward_axes=dict(zip(tuned.axes["reward"], by_judge["reward"][row][1:], strict=True)),
-                    gold_axes=dict(zip(tuned.axes["gold"], by_judge["gold"][row][1:], strict=True)),
-                )
-                for row, response in enumerate(responses[turn])
-            ]
+            scores[rows] = member_scores(tuned, trunk, judge).mean(1).cpu()
+    kl_B = processes.place(kl_B[own], own, count)
+    if answers.logprobs_BT is not None:
+        kl_B = kl_B + answers.logprobs_BT.sum(1)
+    by_judge = {judge: processes.place(of[own], own, count).tolist() for judge, of in scored.items()}
+    return [
+        Response(
+            prompt=first + row % prompts,
+            text=str(tokenizer.decode(response, skip_special_tokens=True)).strip(),
+            tokens=len(response),
+            stopped=bool(answers.stopped_B[row]),
+            reward=by_judge["reward"][row][0],
+            gold_reward=by_judge["gold"][row][0],
+            kl=float(kl_B[row]),
+            reward_axes=dict(zip(tuned.axes["reward"], by_judge["reward"][row][1:], strict=True)),
+            gold_axes=dict(zip(tuned.axes["gold"], by_judge["gold"][row][1:], strict=True)),
         )
-    return found
+        for row, response in enumerate(responses)
+    ]
 
 
 def _summary(responses: Sequence[Response]) -> dict[str, Any]:

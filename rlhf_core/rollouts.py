@@ -30,7 +30,7 @@ def sample(
     stop_id: int,
     pad_id: int,
     generator: torch.Generator,
-    greedy: bool = False,
+    greedy: bool | Sequence[bool] = False,
     keep_depth: int = 0,
     logprobs: bool = False,
     on_step: Callable[[int, int], None] | None = None,
@@ -47,7 +47,7 @@ def sample(
         max_tokens: longest response, T at most.
         temperature: divides the logits; above 0.
         generator: where the random numbers come from.
-        greedy: take the likeliest token instead.
+        greedy: take the likeliest token instead; of some rows, where it says for each of them.
         keep_depth: keep the hidden states below this layer where that costs nothing; 0 keeps none.
         logprobs: tell the tokens' log-probs too, at this temperature also where the likeliest were taken. Before an
             update learns from them, compute them as the update will: rounding would look like a ratio.
@@ -71,6 +71,7 @@ def sample(
     stopped_B = torch.zeros(count, dtype=torch.bool)
     said_BT = torch.zeros((count, max_tokens if logprobs else 0))
 
+    greedy_B = torch.tensor([greedy] * count if isinstance(greedy, bool) else list(greedy), dtype=torch.bool)
     uniform_TB = torch.rand((max_tokens, count), generator=generator, dtype=torch.float64)
     own, states = processes.own(range(count)), None
     if own:
@@ -81,15 +82,15 @@ def sample(
         logits_LV = batch.start()
         for step in range(max_tokens):
             live_L = numbers[batch.rows_L]
-            drawn_L = logits_LV.argmax(1) if greedy else draw(logits_LV.cpu(), uniform_TB[step, live_L], temperature)
-            tokens_L = drawn_L.cpu()
+            tokens_L = _next_tokens(logits_LV, uniform_TB[step, live_L], temperature, greedy_B[live_L])
             running_L = ~stopped_B[live_L]
             rows = live_L[running_L]
             out_BT[rows, step] = tokens_L[running_L]
             kept_BT[rows, step] = True
             if logprobs:
-                said_L = token_logprobs(logits_LV[None], drawn_L[None].to(logits_LV.device), temperature=temperature)[0]
-                said_BT[rows, step] = said_L.cpu()[running_L]
+                tokens_1L = tokens_L[None].to(logits_LV.device)
+                said_1L = token_logprobs(logits_LV[None], tokens_1L, temperature=temperature)
+                said_BT[rows, step] = said_1L[0].cpu()[running_L]
             stopped_B[rows] = tokens_L[running_L] == stop_id
             running_L = ~stopped_B[live_L]
             if on_step:
@@ -106,6 +107,17 @@ def sample(
     rows_of_ids = [list(row) for row in prompts]
     said = said_BT[:, :length] if logprobs else None
     return Sampled(rows_of_ids, out_BT[:, :length], kept_BT[:, :length], stopped_B, states, said)
+
+
+def _next_tokens(logits_LV: Tensor, uniform_L: Tensor, temperature: float, greedy_L: Tensor) -> Tensor:
+    """(L,) tokens, on the CPU: the likeliest of the greedy rows, and of the others one that is drawn."""
+    if not greedy_L.any():
+        return draw(logits_LV.cpu(), uniform_L, temperature)
+    tokens_L = logits_LV.argmax(1).cpu()
+    if not greedy_L.all():
+        drawn_L = ~greedy_L
+        tokens_L[drawn_L] = draw(logits_LV.cpu()[drawn_L], uniform_L[drawn_L], temperature)
+    return tokens_L
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:

@@ -196,9 +196,9 @@ def test_many_prompts_are_answered_in_pieces(
         return sample(model, prompts, **options)
 
     monkeypatch.setattr(evaluate, "sample", watched)
-    monkeypatch.setattr(evaluate, "SAMPLED_ROWS", 2)
+    monkeypatch.setattr(evaluate, "SAMPLED_ROWS", 7)
     found = run(llama, folders(move=True), section("evaluate"), tokenizer)
-    assert widths == [2, 2, 2, 1, 1, 1] * 3
+    assert widths == [6, 3] * 3  # two prompts greedily and by two samples, then the third
     assert [one.prompt for one in found.sampled["ppo"]] == [0, 1, 2, 0, 1, 2]
 
 
@@ -329,7 +329,7 @@ def test_the_kl_of_dpo_is_its_own(llama: Path, folders: Callable[..., Any], sect
     assert sum(one.kl for one in found.sampled["dpo"]) > 0.1
 
 
-@pytest.mark.parametrize("at_once", [128, 2])
+@pytest.mark.parametrize("at_once", [192, 6])
 def test_baselines_change_no_number_of_the_others(
     llama: Path,
     folders: Callable[..., Any],
@@ -338,7 +338,7 @@ def test_baselines_change_no_number_of_the_others(
     monkeypatch: pytest.MonkeyPatch,
     at_once: int,
 ) -> None:
-    monkeypatch.setattr(evaluate, "SAMPLED_ROWS", at_once)  # where 2, the third prompt is answered after the others
+    monkeypatch.setattr(evaluate, "SAMPLED_ROWS", at_once)  # where 6, the third prompt is answered after the others
     places = folders(move=True)
     moved = run(llama, places, section("evaluate"), tokenizer)
     beside = run(llama, places, section("evaluate", best_of_n=(4,)), tokenizer, dpo=True)
@@ -399,7 +399,7 @@ def test_where_enough_was_sampled_the_best_of_n_costs_nothing(
         calls.clear()
         found = run(llama, places, section("evaluate", best_of_n=sizes), tokenizer)
         count[sizes] = len(calls)
-    assert count == {(): 9, (2,): 9, (2, 4): 11}
+    assert count == {(): 3, (2,): 3, (2, 4): 4}
     assert set(found.metrics["best_of_n"]) == {"2", "4"}
 
 
