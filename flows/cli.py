@@ -153,7 +153,7 @@ def stage(
         check_disk(root)
         apply_overrides(overrides or [], root=root)
         if fresh:
-            forget_checkpoints()
+            forget_checkpoints([name])
         outcome = run_stage(name, force=force, root=root)
     typer.echo(f"{name}: {outcome.value}")
 

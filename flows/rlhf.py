@@ -82,13 +82,14 @@ def rlhf(
             # Before params.yaml is changed, and before DVC starts a stage and removes what its last run wrote.
             check_disk(root)
             apply_overrides(overrides, root=root)
+            stages = STAGES[: STAGES.index(until) + 1]
             if fresh:
-                forget_checkpoints()
+                forget_checkpoints(stages)
             flow_run_id = str(flow_run.get_id())
             limit = stage_minutes * 60 if stage_minutes else None
             with pipeline_run(run_name or str(flow_run.get_name()), {"rlhf.flow_run_id": flow_run_id}) as parent:
                 env = {"RLHF_PARENT_RUN_ID": parent, "RLHF_FLOW_RUN_ID": flow_run_id}
-                for stage in STAGES[: STAGES.index(until) + 1]:
+                for stage in stages:
                     if stage == "people" and waiting:
                         compare_answers(waiting, root=root)
                     one = bring_up_to_date.with_options(

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
+from filelock import FileLock, Timeout
 
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError, TrainingDiverged
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from rlhf_core.checkpoints import Checkpoints
 
 ENDED = "ended"  # in a folder of checkpoints: the journal of the run that ended well
+IN_USE = "lock"  # in a folder of checkpoints: held by the process that writes there
 KEPT_CONFIGURATIONS = 2  # of a stage, whose checkpoints wait beside the present one's
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
@@ -78,6 +80,8 @@ class History:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([step, dict(values)]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that outlives a power cut has its curve
         return before
 
     def rest(self) -> list[tuple[int, dict[str, float]]]:
@@ -117,6 +121,7 @@ class StageRun:
     _history: History
     _entry: StageEntry | None
     _workspace: Workspace | None
+    _place: Path | None  # of its checkpoints; None where nothing is saved
     _final: dict[str, Any] | None = field(default=None)
 
     @property
@@ -129,7 +134,7 @@ class StageRun:
         """Where a loop saves itself, and goes on from: outside DVC's outputs, and of this very configuration only."""
         from rlhf_core.checkpoints import Checkpoints  # torch, which the flow and stage prepare can do without
 
-        return Checkpoints(_checkpoints(self.stage, self.run_key) if self.run_key else None, writes=self.main)
+        return Checkpoints(self._place, writes=self.main)
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Record values named `stage/quantity` at a step."""
@@ -242,13 +247,17 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     main = int(os.environ.get("RANK", "0")) == 0
     workspace, entry = _lineage(stage)
     run_key = entry.run_key if entry else ""
+    place = _checkpoints(stage, run_key) if run_key else None
+    lock = _claim(place) if main and place else None
+    if main and place and lock is None:
+        place = _shared_place(stage)
     sink: Tracker = _open_tracker(stage, params, entry) if main else NullTracker()
-    if main and workspace and run_key:
+    if lock and workspace:
         _clear_checkpoints(stage, run_key, workspace)
         if isinstance(sink, MLflowTracker) and (lost := _ended(stage, run_key)):
             sink.replaces(lost)
-    history = History(_checkpoints(stage, run_key) / "history.jsonl" if main and run_key else None)
-    run = StageRun(stage, params, run_key, main, sink, history, entry, workspace)
+    history = History(place / "history.jsonl" if main and place else None)
+    run = StageRun(stage, params, run_key, main, sink, history, entry, workspace, place)
     status = "FAILED"
     try:
         with _as_resource_error(stage), _keeping_what_diverged(stage):
@@ -262,6 +271,10 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     finally:
         if isinstance(sink, MLflowTracker):
             sink.close(status, patience=None if status != "KILLED" else 3.0)
+        if lock and place:
+            if {path.name for path in place.glob("*")} <= {IN_USE}:  # nothing that anybody could go on from
+                shutil.rmtree(place, ignore_errors=True)
+            lock.release()
         if status == "FINISHED" and _many_processes():  # after an error others may still wait: the launcher ends them
             from rlhf_core import processes
 
@@ -303,11 +316,11 @@ def _finish(run: StageRun) -> None:
                 state["run_keys"][run.stage] = run.run_key
                 state["dependencies"].update(run._entry.dependencies)
                 run._sink.summary(state)
-    if run.run_key and isinstance(run._sink, MLflowTracker) and _dvc_process():
+    if run._place and isinstance(run._sink, MLflowTracker) and _dvc_process():
         # DVC has yet to record the outputs. Until it has, a kill would lose them, but not what they came from.
-        write_text(_checkpoints(run.stage, run.run_key) / ENDED, run._sink.journal_id)
-    elif run.run_key:
-        shutil.rmtree(_checkpoints(run.stage, run.run_key), ignore_errors=True)  # run again, it starts anew
+        write_text(run._place / ENDED, run._sink.journal_id)
+    elif run._place:
+        shutil.rmtree(run._place, ignore_errors=True)  # run again, it starts anew
 
 
 def _open_tracker(stage: str, params: Params, entry: StageEntry | None) -> MLflowTracker:
@@ -378,21 +391,58 @@ def _ended(stage: str, run_key: str) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
+def _claim(folder: Path) -> FileLock | None:
+    """The folder for this process alone, until it ends; None where another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / IN_USE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def _shared_place(stage: str) -> None:
+    """Two workspaces compute the same, such as two experiments of `dvc exp run --temp`: one of them saves itself.
+
+    Raises:
+        ResourceError: it is the work of several processes, of which only this one knows.
+    """
+    if _many_processes():
+        raise ResourceError(
+            f"{stage} is being computed by another run with the same values, expected by none. Wait until that has "
+            "ended; DVC then takes over what it computed."
+        )
+    print(
+        f"{stage} is being computed by another run too, which keeps the checkpoints; this one keeps none.", flush=True
+    )
+
+
 def _clear_checkpoints(stage: str, run_key: str, workspace: Workspace) -> None:
     """Remove what nobody goes on from: runs whose outputs DVC has, and of this stage all but the last few stopped."""
     for file in (state_folder() / "checkpoints").glob(f"*/*/{ENDED}"):
         if workspace.recorded(file.parent.name):
-            shutil.rmtree(file.parent, ignore_errors=True)
+            _remove_unused(file.parent)
     own = _checkpoints(stage, run_key)
     others = [other for other in own.parent.glob("*") if other != own]
     with suppress(FileNotFoundError):  # a stage of another workspace clears them too
         for other in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_CONFIGURATIONS]:
-            shutil.rmtree(other, ignore_errors=True)
+            _remove_unused(other)
 
 
-def forget_checkpoints() -> None:
-    """Whatever was stopped before shall start anew."""
-    shutil.rmtree(state_folder() / "checkpoints", ignore_errors=True)
+def _remove_unused(folder: Path) -> None:
+    """Remove checkpoints, unless a run is writing there."""
+    with suppress(OSError):
+        if folder.is_dir() and (lock := _claim(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
+def forget_checkpoints(stages: Collection[str]) -> None:
+    """Whatever was stopped of some stages shall start anew."""
+    for stage in stages:
+        for folder in (state_folder() / "checkpoints" / stage).glob("*"):
+            _remove_unused(folder)
 
 
 # Checks

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from mlflow.entities import Run
 from safetensors.torch import load_file
 from stores import PROJECT, sqlite_store
@@ -326,9 +327,60 @@ def test_of_other_configurations_the_newest_wait(keyed: Path) -> None:
         (keyed / name).mkdir(parents=True)
         os.utime(keyed / name, (time.time() - age * 60,) * 2)
     with stage_run("ppo", torch=False):
-        assert {path.name for path in keyed.iterdir()} == {"newest", "new"}
-    forget_checkpoints()
-    assert not keyed.exists()
+        assert {path.name for path in keyed.iterdir()} == {"ab" * 8, "newest", "new"}
+    (keyed.parent / "sft" / "other").mkdir(parents=True)
+    forget_checkpoints(["ppo", "dpo"])
+    assert list(keyed.iterdir()) == []
+    assert (keyed.parent / "sft" / "other").is_dir()  # its own stage was not asked for
+
+
+def test_checkpoints_that_another_run_writes_are_left_alone(keyed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, others = keyed / ("ab" * 8), [keyed / name for name in ("used", "new", "old", "oldest")]
+    for age, folder in enumerate([own, *others]):
+        (folder / "step-00000001").mkdir(parents=True)
+        os.utime(folder, (time.time() - age * 60,) * 2)
+    with FileLock(keyed / "used" / "lock"):
+        os.utime(keyed / "used", (time.time() - 9 * 60,) * 2)
+        with stage_run("ppo", torch=False) as run:  # "used" is the oldest
+            assert run.checkpoints.folder == own
+            assert {path.name for path in keyed.iterdir()} == {own.name, "used", "new", "old"}
+            forget_checkpoints(["ppo"])
+            assert {path.name for path in keyed.iterdir()} == {own.name, "used"}
+            assert (own / "step-00000001").is_dir()
+        assert {path.name for path in keyed.iterdir()} == {"used"}
+    (own / "step-00000001").mkdir(parents=True)
+    with FileLock(own / "lock"), stage_run("ppo", torch=False) as run:
+        assert run.checkpoints.folder is None
+        run.tracker.metrics({"ppo/kl": 0.5}, step=2)
+    assert [path.name for path in own.iterdir() if path.name != "lock"] == ["step-00000001"]
+    assert "another run too" in capsys.readouterr().out
+
+
+def test_several_processes_do_not_share_the_work_of_another_run(
+    keyed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(stage_module, "_die_with_the_launcher", lambda: None)
+    own = keyed / ("ab" * 8)
+    own.mkdir(parents=True)
+
+    def run() -> None:
+        with FileLock(own / "lock"), stage_run("ppo", torch=False):
+            raise AssertionError("it began")
+
+    with pytest.raises(SystemExit):
+        run()
+    assert "is being computed by another run with the same values" in capsys.readouterr().err
+
+
+def test_a_run_that_saved_nothing_leaves_nothing(keyed: Path) -> None:
+    def stopped() -> None:
+        with stage_run("ppo", torch=False):
+            raise DataError("stopped")
+
+    with pytest.raises(SystemExit):
+        stopped()
+    assert list(keyed.iterdir()) == []
 
 
 # Files
