@@ -196,8 +196,11 @@ def train_ppo(
     if multiplier is not None:
         multiplier.restore(so_far["multiplier"])
     history, shown, prompts_left = so_far["history"], so_far["shown"], so_far["prompts_left"]
-    for row in shown:  # the table of a run that was stopped went to another record
+    # The table and the alarms of a run that was stopped went to another record.
+    for row in shown:
         tracker.table("ppo/samples", [row], step=row["update"])
+    for text in so_far.setdefault("alarms", []):
+        tracker.remark("ppo/alarm", text)
     alarm = None
     for update in range(so_far["update"] + 1, config.updates + 1):
         began = time.perf_counter()
@@ -225,6 +228,7 @@ def train_ppo(
             alarm = alarm_now([*history, metrics], config.watch_window, last=last)
             metrics["ppo/alarm"] = float(alarm is not None)
             if alarm is not None:
+                so_far["alarms"].append(alarm.text())
                 tracker.remark("ppo/alarm", alarm.text())
             if kept is not None:
                 kept.offer([*history, metrics])

@@ -179,7 +179,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes_and_alarms(
 
     alarmed(3 if how == "lower_rate" else 5, since=4)
     config = section("ppo", updates=10, watch_every=1, on_alarm=how).model_copy(update={"updates": 6})
-    whole, told, _ = learn(llama, config, tokenizer, gold=gold)
+    whole, told, tracker = learn(llama, config, tokenizer, gold=gold)
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         train_ppo(
@@ -187,8 +187,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes_and_alarms(
             checkpoints=checkpoints,
         )  # fmt: skip
     assert list(tmp_path.glob("step-*"))
-    again, found, _ = learn(llama, config, tokenizer, gold=gold, checkpoints=Checkpoints(tmp_path))
+    again, found, second = learn(llama, config, tokenizer, gold=gold, checkpoints=Checkpoints(tmp_path))
     assert found == told
+    assert tracker.remarks == second.remarks  # also of an alarm from before it was stopped
+    assert len(tracker.remarks) == 1
     for ours, theirs in zip(trained(again), trained(whole), strict=True):
         assert torch.equal(ours, theirs)
 
