@@ -375,13 +375,20 @@ class Roles(nn.Module):
         # Both masks name the same tokens row by row, so their True entries pair up in order.
         hidden_ND, ids_N = self._predicting(trunk, role, hidden_BSD), ids_BT[mask_BT]
         head = self._model_of(role).get_output_embeddings()
-        found, spread = [], []
-        # Logits only where they are needed and some tokens at a time: (B, S, V) is never held.
-        for part_ND, part_N in zip(hidden_ND.split(LOGIT_TOKENS), ids_N.split(LOGIT_TOKENS), strict=True):
+
+        def said(part_ND: Tensor, part_N: Tensor) -> tuple[Tensor, Tensor]:
             logits_1NV = head(part_ND)[None]
-            found.append(token_logprobs(logits_1NV, part_N[None], temperature=temperature)[0])
-            if entropy:
-                spread.append(token_entropy(logits_1NV, temperature=temperature)[0])
+            logprobs_N = token_logprobs(logits_1NV, part_N[None], temperature=temperature)[0]
+            return logprobs_N, token_entropy(logits_1NV, temperature=temperature)[0] if entropy else logprobs_N
+
+        found, spread = [], []
+        # Logits only where they are needed and some tokens at a time: (B, S, V) is never held, nor kept for the
+        # gradient, which computes the logits of more than one part again.
+        again = len(hidden_ND) > LOGIT_TOKENS and torch.is_grad_enabled()
+        for part in zip(hidden_ND.split(LOGIT_TOKENS), ids_N.split(LOGIT_TOKENS), strict=True):
+            logprobs_N, entropy_N = checkpoint(said, *part, use_reentrant=False) if again else said(*part)
+            found.append(logprobs_N)
+            spread.append(entropy_N)
         logprobs_BT = _spread(torch.cat(found), mask_BT)
         return logprobs_BT, _spread(torch.cat(spread), mask_BT) if entropy else None
 

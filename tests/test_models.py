@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,39 @@ def test_logprobs_and_entropy_are_those_of_the_plain_model(
     again, none = roles.logprobs(trunk, REFERENCE, packed.ids_BT, packed.mask_BT, temperature=temperature)
     assert torch.equal(again, logprobs_BT)
     assert none is None
+
+
+def _note_width(widths: list[int], value: Tensor) -> Tensor:
+    widths.append(value.shape[-1] if value.dim() > 1 else 0)
+    return value
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_logits_of_several_parts_are_not_kept_for_the_gradient(
+    llama: Path, section: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    packed = pack([row[:2] for row in ROWS[:2]], [row[2:] for row in ROWS[:2]], 0)
+    found: dict[int, list[Tensor]] = {}
+    for tokens in (100, 3):
+        monkeypatch.setattr(models, "LOGIT_TOKENS", tokens)
+        kept: list[int] = []
+        roles = Roles(llama, section("ppo"))
+        torch.manual_seed(0)
+        roles.add("policy", method=method)
+        perturb(roles, "policy")
+        trunk = roles.trunk(packed)
+        keep = partial(_note_width, kept)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            logprobs_BT, entropy_BT = roles.logprobs(
+                trunk, "policy", packed.ids_BT, packed.mask_BT, temperature=0.7, entropy=True
+            )
+        assert (roles.model.config.vocab_size in kept) == (tokens == 100)
+        weights_BT = torch.arange(1.0, 1 + logprobs_BT.numel()).view_as(logprobs_BT)
+        ((logprobs_BT - entropy_BT) * weights_BT).sum().backward()
+        found[tokens] = [value.grad for value in roles.trainable("policy") if value.grad is not None]
+    assert len(found[3]) == len(found[100]) > 4
+    for ours, whole in zip(found[3], found[100], strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))  # float32
 
 
 def test_logprobs_pass_gradients_to_kept_tokens_alone(llama: Path, section: Callable[..., Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.errors import TrainingDiverged
-from rlhf_core.functional import RunningMoments
+from rlhf_core.functional import RunningMoments, gae, policy_loss, shape_rewards, value_loss
 from rlhf_core.models import REFERENCE, Normaliser, Roles, load_policy, pack
 from rlhf_core.ppo import POLICY, REWARD, VALUE, Measured, _minibatches, add_roles, losses, measure_rollouts, train_ppo
 from rlhf_core.records import Sampled
@@ -302,6 +302,46 @@ def test_an_entropy_bonus_adds_its_own_gradient(section: Callable[..., Any], mov
     expected = gradient(roles, lambda: (-0.2 * now()[1][rollouts.mask_BT].sum() / count).backward())
     assert expected.abs().max() > 1e-4
     torch.testing.assert_close(with_bonus - plain, expected, rtol=1e-3, atol=1e-6)  # float32, a difference
+
+
+def test_policy_and_value_are_clipped_each_at_its_own_range(section: Callable[..., Any], moved: Any) -> None:
+    roles, rollouts, count, now = moved
+    perturb(roles, VALUE, seed=7)
+
+    def expected(clip_range: float, value_clip_range: float) -> tuple[float, float]:
+        old = (rollouts.old_logprobs_BT, rollouts.advantages_BT, rollouts.mask_BT)
+        policy = policy_loss(now()[0], *old, clip_range=clip_range, token_count=count)
+        values_BT = roles.values(rollouts.trunk, VALUE, rollouts.mask_BT)
+        old = (rollouts.old_values_BT, rollouts.returns_BT, rollouts.mask_BT)
+        value = value_loss(values_BT, *old, clip_range=value_clip_range, token_count=count)
+        return policy.loss.item(), value.loss.item()
+
+    config = section("ppo", clip_range=0.05, value_clip_range=0.5)
+    found = losses(roles, rollouts, config, count, kl_coef=0.0)
+    both = (found["ppo/policy_loss"], found["ppo/value_loss"])
+    assert both == pytest.approx(expected(0.05, 0.5), rel=1e-5)  # float32
+    for mine, other in zip(both, expected(0.5, 0.05), strict=True):
+        assert abs(mine - other) > 1e-3
+
+
+@torch.no_grad()
+def test_returns_are_discounted_as_configured(
+    llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    roles = ready(llama)
+    perturb(roles, POLICY)
+    sampled = roll(roles, tokenizer)
+    config = section("ppo", gamma=0.9, lam=0.8, whiten_advantages=False)
+    found = measure_rollouts(roles, sampled, config, kl_coef=0.1)
+    kept = found.rollouts
+    paid_B = found.scores_B - config.missing_eos_penalty * (~sampled.stopped_B).float()
+    rewards_BT = shape_rewards(paid_B, kept.old_logprobs_BT, kept.ref_logprobs_BT, kept.mask_BT, kl_coef=0.1)
+    values = (rewards_BT, kept.old_values_BT, kept.mask_BT)
+    advantages_BT, returns_BT = gae(*values, gamma=0.9, lam=0.8)
+    torch.testing.assert_close(kept.advantages_BT, advantages_BT)
+    torch.testing.assert_close(kept.returns_BT, returns_BT)
+    for gamma, lam in ((1.0, 0.8), (0.9, 0.95)):
+        assert not torch.allclose(kept.returns_BT, gae(*values, gamma=gamma, lam=lam)[1], atol=1e-3)
 
 
 def test_a_dual_clip_bounds_bad_tokens_that_became_likelier(section: Callable[..., Any], moved: Any) -> None:
