@@ -97,14 +97,18 @@ def sampling(shape: Shape, rows: Rows, *, prompts: int) -> int:
     return forward(shape, shape.layers, prompts * rows.prompt + rows.answered, seen) + head(shape, rows.answered)
 
 
-def ppo_ours(shape: Shape, rows: Rows, *, prompts: int, layers: int, epochs: int, shared: bool = False) -> int:
+def ppo_ours(
+    shape: Shape, rows: Rows, *, prompts: int, layers: int, epochs: int, shared: bool = False, watch_every: int = 0
+) -> int:
     """One update: roles with adapters in the top `layers`, the layers below kept in sampling.
 
     Four roles look at the rollouts once (policy, reference, value, reward); policy and value learn from them. Where the
-    value model is a head on the policy (`shared`), what the policy computes is its own too.
+    value model is a head on the policy (`shared`), what the policy computes is its own too. The gold model looks too,
+    at every `watch_every`th update, so this is the mean over updates; 0 is never.
     """
     roles = 3 if shared else 4
-    look = roles * forward(shape, layers, rows.tokens, rows.seen, adapter=True) + 2 * head(shape, rows.answered)
+    one = forward(shape, layers, rows.tokens, rows.seen, adapter=True)
+    look = roles * one + 2 * head(shape, rows.answered) + (one // watch_every if watch_every else 0)
     policy = learn(shape, layers, rows.tokens, rows.seen, full=False) + 2 * head(shape, rows.answered)
     value = 0 if shared else learn(shape, layers, rows.tokens, rows.seen, full=False)
     return sampling(shape, rows, prompts=prompts) + look + epochs * (policy + value)

@@ -26,12 +26,15 @@ import transformers
 from benchmarks.machine import bandwidth_gb_s, peak_gflops, products_seconds
 from rlhf_core.config import Params, ValueNetwork, load_params
 from rlhf_core.data import encode_prompt, load_prepared
+from rlhf_core.ensemble import load_ensemble
 from rlhf_core.models import Roles, TrunkCache, load_tokenizer
 from rlhf_core.ppo import POLICY, VALUE, add_roles, train_ppo
 from rlhf_core.reward import EncodedRanking, encode_rankings, train_reward
 from rlhf_core.rollouts import sample
 from rlhf_core.sft import Example, encode_demonstrations, train_sft
 from rlhf_core.tracking import NullTracker
+from rlhf_core.watch import GOLD
+from tasks.stage import make_deterministic
 
 PREPARED = Path("data/prepared")
 EVERY_SPLIT = ("train", "validation", "gold", "test")
@@ -105,8 +108,12 @@ def ppo_ours(
     epochs: int,
     updates: int,
     value_network: ValueNetwork = "own",
+    watch_every: int = 0,
 ) -> dict[str, Any]:
-    """Updates of our loop; `layers` 0 is LoRA on every layer. Each rollout has a prompt of its own, as TRL's have."""
+    """Updates of our loop; `layers` 0 is LoRA on every layer. Each rollout has a prompt of its own, as TRL's have.
+
+    With `watch_every` a gold model looks at every so many updates, beginning with the first, which is not timed.
+    """
     params = load_params()
     shape = {**LORA, "lora_layers": layers}
     config = params.ppo.model_copy(
@@ -114,6 +121,7 @@ def ppo_ours(
             **shape, "updates": updates + 1, "rollouts": rollouts, "samples_per_prompt": 1, "response_tokens": response,
             "epochs": epochs, "minibatch_size": min(8, rollouts), "micro_batch_size": min(8, rollouts),
             "value_warmup_updates": 0, "early_stop_kl": 1e9, "start": "", "value_network": value_network,
+            "watch_every": watch_every,
         }
     )  # fmt: skip
     prompts = prompts_of(model, rollouts * (updates + 1), prompt)
@@ -125,6 +133,8 @@ def ppo_ours(
         del judge
         roles = Roles(model, config)
         add_roles(roles, folder, method="lora", value_network=value_network)
+        if watch_every:
+            load_ensemble(roles, GOLD, folder)
         loaded = peak_bytes()
         tokenizer: Any = Endless(load_tokenizer(model))
         train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=watch)
@@ -382,6 +392,8 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
+    if sys.argv[1].endswith("_ours"):
+        make_deterministic()  # as every stage is
     found = JOBS[sys.argv[1]](**json.loads(sys.argv[2]))
     print(json.dumps({**found, "peak_bytes": peak_bytes()}))
 

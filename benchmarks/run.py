@@ -81,10 +81,12 @@ def peak_of(runs: list[dict[str, Any]]) -> float:
 def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
     """One update, 16 rollouts of 32 + 48 tokens, two epochs."""
     spec = {**UPDATE, "updates": bench.updates}
-    layers, network = min(bench.params.ppo.lora_layers, bench.shape.layers), bench.params.ppo.value_network
+    config = bench.params.ppo
+    layers, network = min(config.lora_layers, bench.shape.layers), config.value_network
+    watched = {"watch_every": config.watch_every}
     runs = bench.in_turn(
         {
-            "default": ("ppo_ours", {**spec, "layers": layers, "value_network": network}),
+            "default": ("ppo_ours", {**spec, "layers": layers, "value_network": network, **watched}),
             "trl": ("ppo_trl", {**spec, "lora": False}),
             "separate": ("ppo_ours", {**spec, "layers": 0}),
             "shared": ("ppo_ours", {**spec, "layers": 0, "value_network": "shared"}),
@@ -94,7 +96,7 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
     rows = flops.Rows(UPDATE["rollouts"], UPDATE["prompt"], UPDATE["response"])
     needed = {
         "default": flops.ppo_ours(
-            bench.shape, rows, prompts=rows.count, layers=layers, epochs=2, shared=network == "shared"
+            bench.shape, rows, prompts=rows.count, layers=layers, epochs=2, shared=network == "shared", **watched
         ),
         "separate": flops.ppo_ours(bench.shape, rows, prompts=rows.count, layers=bench.shape.layers, epochs=2),
         "shared": flops.ppo_ours(
@@ -208,7 +210,7 @@ def growth(bench: Bench) -> dict[str, Any]:
 def _point(bench: Bench, model: str, **changes: int) -> dict[str, Any]:
     config = bench.params.ppo
     spec = {**UPDATE, **changes, "updates": 1, "layers": config.lora_layers, "model": model,
-            "value_network": config.value_network}  # fmt: skip
+            "value_network": config.value_network, "watch_every": config.watch_every}  # fmt: skip
     run = bench.child("ppo_ours", **spec)
     peak, loaded = run["peak_bytes"] / 1e9, run["loaded_bytes"] / 1e9
     return {

@@ -19,6 +19,7 @@ from rlhf_core.models import Roles, pack
 from rlhf_core.ppo import POLICY, VALUE, add_roles, losses, measure_rollouts
 from rlhf_core.records import Sampled
 from rlhf_core.tiny import make_llama
+from rlhf_core.watch import GOLD
 
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "benchmarks/results.json"
@@ -91,6 +92,29 @@ def test_fewer_layers_with_adapters_are_fewer_operations() -> None:
     shared = flops.ppo_ours(shape, rows, prompts=16, layers=30, epochs=2, shared=True)
     lora, full = (flops.ppo_trl(shape, rows, epochs=2, lora=lora) for lora in (True, False))
     assert top < shared < every < lora < full
+
+
+def test_the_gold_model_is_counted_where_it_looks(shape: flops.Shape) -> None:
+    rows = flops.Rows(2, 3, 4)
+    never, often = (flops.ppo_ours(shape, rows, prompts=2, layers=2, epochs=1, watch_every=every) for every in (0, 2))
+    assert often - never == flops.forward(shape, 2, 14, 56, adapter=True) / 2
+
+
+@pytest.mark.parametrize("job", ["sft_ours", "sft_trl"])
+def test_ours_is_as_deterministic_as_its_stages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str
+) -> None:
+    monkeypatch.setitem(
+        measure.JOBS, job, lambda: {"deterministic": torch.are_deterministic_algorithms_enabled(), "seconds": []}
+    )
+    monkeypatch.setattr("sys.argv", ["measure", job, "{}"])
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        measure.main()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert json.loads(capsys.readouterr().out)["deterministic"] == (job == "sft_ours")
 
 
 class Eager(flops.Rows):
@@ -194,13 +218,24 @@ def test_our_update_is_timed_with_every_response_at_full_length(
     monkeypatch.setattr(
         measure, "prompts_of", lambda model, count, length: [[5 + row] * length for row in range(count)]
     )
+    looked = []
+    scores = Roles.scores
+
+    def scored(roles: Roles, trunk: Any, role: str, **named: Any) -> Any:
+        looked.append(len(trunk.mask_BS))
+        assert role == GOLD
+        return scores(roles, trunk, role, **named)
+
+    monkeypatch.setattr(Roles, "scores", scored)
     monkeypatch.chdir(PROJECT)
     found = measure.ppo_ours(
-        model=str(tmp_path), layers=1, rollouts=4, prompt=3, response=5, epochs=1, updates=1, value_network=network
-    )
+        model=str(tmp_path), layers=1, rollouts=4, prompt=3, response=5, epochs=1, updates=1, value_network=network,
+        watch_every=2,
+    )  # fmt: skip
     assert found["tokens"] == [4 * (3 + 5)]
     assert len(found["seconds"]) == 1
     assert found["loaded_bytes"] > 0
+    assert looked == [4]  # at the first update, before the one that is timed
     # Adapters in the one layer, for each role with a body; a head.
     adapters = 16 * sum(map(sum, flops.Shape.of(make_llama(tokenizer).config).matrices))
     assert found["trained"] == adapters * (2 if network == "own" else 1) + make_llama(tokenizer).config.hidden_size + 1
