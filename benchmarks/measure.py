@@ -6,6 +6,8 @@ A job is a function of this file and SPEC its arguments as JSON. The last line p
 of each timed piece of work, the first one left out, and what was worked on.
 """
 
+import ctypes
+import gc
 import itertools
 import json
 import resource
@@ -37,6 +39,7 @@ from rlhf_core.watch import GOLD
 from tasks.stage import make_deterministic
 
 PREPARED = Path("data/prepared")
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 EVERY_SPLIT = ("train", "validation", "gold", "test")
 LORA = {"method": "lora", "lora_rank": 16, "lora_alpha": 32}
 
@@ -135,11 +138,11 @@ def ppo_ours(
         add_roles(roles, folder, method="lora", value_network=value_network)
         if watch_every:
             load_ensemble(roles, GOLD, folder)
-        loaded = peak_bytes()
+        loaded = settle()
         tokenizer: Any = Endless(load_tokenizer(model))
         train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=watch)
     trained = sum(part.numel() for role in (POLICY, VALUE) for part in roles.trainable(role))
-    return {**watch.result(), "loaded_bytes": loaded, "trained": trained}
+    return {**watch.result(), **loaded, "trained": trained}
 
 
 def ppo_trl(
@@ -185,12 +188,11 @@ def ppo_trl(
             else None,
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
-        loaded = peak_bytes()
         trainer.train()
     trained = sum(part.numel() for part in trainer.model.parameters() if part.requires_grad)
     seconds = between(watch.moments)
     tokens = [rollouts * (prompt + response)] * len(seconds)
-    return {"seconds": seconds, "tokens": tokens, "loaded_bytes": loaded, "trained": trained}
+    return {"seconds": seconds, "tokens": tokens, "trained": trained}
 
 
 # ---- SFT and the reward model
@@ -364,9 +366,32 @@ def generation(*, model: str, rows: int, prompt: int, response: int, repeats: in
     return found
 
 
+def settle() -> dict[str, Any]:
+    """Once all is loaded: the memory held now, from where the peak is counted anew, and the peak of loading.
+
+    Where the peak cannot be set back, which the result says, it stands for what is held; it is more.
+    """
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # what loading has given back, lest work take it again unseen
+        libc.malloc_trim(0)
+    peak = peak_bytes()
+    try:
+        CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        return {"loaded_bytes": peak, "loading_peak_bytes": peak, "peak_reset": False}
+    return {"loaded_bytes": _status("VmRSS"), "loading_peak_bytes": peak, "peak_reset": True}
+
+
 def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has held so far, or since `settle`."""
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name: str) -> int:
+    """A line of what Linux tells of this process, in bytes; 0 where there is none."""
+    lines = STATUS.read_text(encoding="ascii").splitlines() if STATUS.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _quietly() -> Any:
@@ -395,7 +420,10 @@ def main() -> None:
     if sys.argv[1].endswith("_ours"):
         make_deterministic()  # as every stage is
     found = JOBS[sys.argv[1]](**json.loads(sys.argv[2]))
-    print(json.dumps({**found, "peak_bytes": peak_bytes()}))
+    peak = peak_bytes()
+    if "loaded_bytes" in found:
+        found["working_bytes"] = peak - found["loaded_bytes"]
+    print(json.dumps({**found, "peak_bytes": max(peak, found.get("loading_peak_bytes", 0))}))
 
 
 if __name__ == "__main__":

@@ -212,10 +212,10 @@ def _point(bench: Bench, model: str, **changes: int) -> dict[str, Any]:
     spec = {**UPDATE, **changes, "updates": 1, "layers": config.lora_layers, "model": model,
             "value_network": config.value_network, "watch_every": config.watch_every}  # fmt: skip
     run = bench.child("ppo_ours", **spec)
-    peak, loaded = run["peak_bytes"] / 1e9, run["loaded_bytes"] / 1e9
     return {
-        "rollouts": spec["rollouts"], "response": spec["response"], "seconds": round(run["seconds"][0], 2),
-        "peak_gb": round(peak, 3), "working_gb": round(peak - loaded, 3),
+        "rollouts": spec["rollouts"], "response": spec["response"], "seconds": round(median(run["seconds"]), 2),
+        "samples": len(run["seconds"]), "peak_gb": round(run["peak_bytes"] / 1e9, 3),
+        "working_gb": round(run["working_bytes"] / 1e9, 3), "peak_reset": run["peak_reset"],
     }  # fmt: skip
 
 

@@ -182,6 +182,37 @@ def test_rounds_are_put_together() -> None:
     assert (seconds_of(runs), rates_of(runs), peak_of(runs)) == ([2.0, 1.0, 4.0], [20.0, 10.0], 4)
 
 
+def test_memory_beyond_the_models_leaves_out_what_loading_held(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not measure.settle()["peak_reset"]:
+        pytest.skip("this system does not let the peak be set back")
+    megabyte = 1 << 20
+
+    def job() -> dict[str, Any]:
+        loading = bytearray(b"1") * (300 * megabyte)
+        del loading
+        found = measure.settle()
+        assert found["loading_peak_bytes"] > found["loaded_bytes"] + 200 * megabyte
+        working = bytearray(b"1") * (100 * megabyte)
+        del working
+        return found
+
+    monkeypatch.setitem(measure.JOBS, "job", job)
+    monkeypatch.setattr("sys.argv", ["measure", "job", "{}"])
+    measure.main()
+    found = json.loads(capsys.readouterr().out)
+    assert 90 * megabyte < found["working_bytes"] < 150 * megabyte
+    assert found["peak_bytes"] >= found["loaded_bytes"] + 200 * megabyte
+
+
+def test_a_peak_that_cannot_be_set_back_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "CLEAR", tmp_path / "no-folder/clear_refs")
+    found = measure.settle()
+    assert not found["peak_reset"]
+    assert found["loaded_bytes"] == found["loading_peak_bytes"] > 0
+
+
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
     points = [{"rows": n, "seconds": 3 * n**2} for n in (1, 2, 4)]
     assert exponent(points, "rows", "seconds") == pytest.approx(2, rel=1e-9)
