@@ -5,6 +5,7 @@ of it for the scores. A backward pass through a matrix costs as much again for t
 more for the weight's own, where it is trained. Norms, activations and softmax are left out, well under 1 %.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -65,8 +66,29 @@ class Rows(NamedTuple):
     @property
     def seen(self) -> int:
         """Positions seen, summed over the tokens."""
-        length = self.prompt + self.response
-        return self.count * length * (length + 1) // 2
+        return self.count * _up_to(self.prompt + self.response)
+
+
+class Work(NamedTuple):
+    """What texts to learn from come to, padding left out."""
+
+    given: int  # tokens of all texts, which a rate counts
+    tokens: int  # those that are computed: what texts begin alike with stands once
+    seen: int  # positions seen, summed over those
+    answered: int  # tokens whose probability is asked for
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[int, Sequence[int]]], answered: int = 0) -> "Work":
+        """Of groups of texts: how many tokens those of a group begin alike with, and how long each of them is."""
+        given = sum(sum(lengths) for _, lengths in groups)
+        twice = sum((len(lengths) - 1) * common for common, lengths in groups)
+        seen = sum(sum(map(_up_to, lengths)) - (len(lengths) - 1) * _up_to(common) for common, lengths in groups)
+        return cls(given, given - twice, seen, answered)
+
+
+def _up_to(length: int) -> int:
+    """Positions that the tokens of a row see in all."""
+    return length * (length + 1) // 2
 
 
 def forward(shape: Shape, layers: int, tokens: int, seen: int, *, adapter: bool = False) -> int:
@@ -89,11 +111,21 @@ def head(shape: Shape, tokens: int) -> int:
     return 2 * tokens * shape.width * shape.vocabulary
 
 
+def training(shape: Shape, work: Work, *, layers: int, full: bool, first: float = 1.0, passes: float = 1.0) -> float:
+    """SFT or a reward model: the layers below the lowest adapter once, the others and the logits in every pass.
+
+    Args:
+        first: share of the texts that came for the first time; only those cost the lower layers.
+        passes: how often the texts came.
+    """
+    lower = forward(shape, shape.layers - layers, work.tokens, work.seen)
+    upper = learn(shape, layers, work.tokens, work.seen, full=full) + (3 if full else 2) * head(shape, work.answered)
+    return first * lower + passes * upper
+
+
 def sampling(shape: Shape, rows: Rows, *, prompts: int) -> int:
     """Each prompt once, each token of a response once, and its logits; adapters are merged."""
-    length = rows.prompt + rows.response
-    seen_prompt = rows.prompt * (rows.prompt + 1) // 2
-    seen = prompts * seen_prompt + rows.count * (length * (length + 1) // 2 - seen_prompt)
+    seen = rows.seen - (rows.count - prompts) * _up_to(rows.prompt)
     return forward(shape, shape.layers, prompts * rows.prompt + rows.answered, seen) + head(shape, rows.answered)
 
 

@@ -25,10 +25,12 @@ import tasks  # noqa: F401  first: it switches network and telemetry off before 
 import torch
 import transformers
 
+from benchmarks import flops
 from benchmarks.machine import bandwidth_gb_s, peak_gflops, products_seconds
 from rlhf_core.config import Params, ValueNetwork, load_params
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.ensemble import load_ensemble
+from rlhf_core.folding import alike
 from rlhf_core.models import Roles, TrunkCache, load_tokenizer
 from rlhf_core.ppo import POLICY, VALUE, add_roles, train_ppo
 from rlhf_core.reward import EncodedRanking, encode_rankings, train_reward
@@ -226,34 +228,50 @@ def pairs_of(model: str, count: int) -> list[EncodedRanking]:
     return found[:count]
 
 
-def _section(params: Params, name: str, layers: int | None) -> Any:
+def _section(params: Params, name: str, layers: int | None, epochs: int) -> Any:
     """The section of params.yaml, trained in full where `layers` is None."""
     shape = {"method": "full"} if layers is None else {**LORA, "lora_layers": layers}
-    return getattr(params, name).model_copy(update=shape)
+    return getattr(params, name).model_copy(update={**shape, "epochs": epochs})
 
 
-def sft_ours(*, model: str, layers: int | None, rows: int) -> dict[str, Any]:
-    """Our SFT loop over as many epochs as params.yaml says."""
-    section, examples, watch = _section(load_params(), "sft", layers), examples_of(model, rows), Stopwatch()
+def sft_work(examples: Sequence[Example]) -> flops.Work:
+    """Each demonstration stands by itself; its response is what is asked for."""
+    answered = sum(len(example.response) for example in examples)
+    return flops.Work.of([(0, [len(example)]) for example in examples], answered)
+
+
+def reward_work(pairs: Sequence[EncodedRanking], *, folded: bool) -> flops.Work:
+    """The two texts of a pair, by themselves or `folded`, as Roles.output_rows has them. There are no logits."""
+    groups = []
+    for pair in pairs:
+        lengths = list(map(len, pair.ids))
+        for count, common in alike(pair.ids) if folded else [(1, 0)] * len(lengths):
+            groups.append((common, lengths[:count]))
+            lengths = lengths[count:]
+    return flops.Work.of(groups)
+
+
+def sft_ours(*, model: str, layers: int | None, rows: int, epochs: int) -> dict[str, Any]:
+    """Our SFT loop; `layers` None is in full."""
+    section, examples, watch = _section(load_params(), "sft", layers, epochs), examples_of(model, rows), Stopwatch()
     roles = Roles(model, section)
     torch.manual_seed(section.seed)
     roles.add("policy", method=section.method)
     pad_id = int(load_tokenizer(model).pad_token_id)
     train_sft(roles, examples, examples[:1], section, pad_id=pad_id, tracker=watch)
-    answered = sum(len(example.response) for example in examples) / sum(map(len, examples))
-    return {**watch.result(), "answered_share": answered}
+    return {**watch.result(), "work": sft_work(examples)}
 
 
-def reward_ours(*, model: str, layers: int | None, rows: int) -> dict[str, Any]:
-    """Our reward loop over as many epochs as params.yaml says."""
-    section, pairs, watch = _section(load_params(), "reward", layers), pairs_of(model, rows), Stopwatch()
+def reward_ours(*, model: str, layers: int | None, rows: int, epochs: int) -> dict[str, Any]:
+    """Our reward loop; `layers` None is in full."""
+    section, pairs, watch = _section(load_params(), "reward", layers, epochs), pairs_of(model, rows), Stopwatch()
     roles = Roles(model, section)
     torch.manual_seed(section.seed)
     roles.add("reward", method=section.method, head=True)
     pad_id = int(load_tokenizer(model).pad_token_id)
     cache = TrunkCache() if layers is not None else None
     train_reward(roles, "reward", pairs, pairs[:1], section, pad_id=pad_id, tracker=watch, cache=cache)
-    return watch.result()
+    return {**watch.result(), "work": reward_work(pairs, folded=roles.folds)}
 
 
 def sft_trl(*, model: str, rows: int) -> dict[str, Any]:
@@ -277,7 +295,7 @@ def sft_trl(*, model: str, rows: int) -> dict[str, Any]:
             train_dataset=data, processing_class=load_tokenizer(model), callbacks=[watch],
         )  # fmt: skip
 
-    return _trl_steps(make, [len(example) for example in examples], section)
+    return {**_trl_steps(make, [len(example) for example in examples], section), "work": sft_work(examples)}
 
 
 def reward_trl(*, model: str, rows: int) -> dict[str, Any]:
@@ -296,7 +314,8 @@ def reward_trl(*, model: str, rows: int) -> dict[str, Any]:
             train_dataset=data, processing_class=load_tokenizer(model), callbacks=[watch],
         )  # fmt: skip
 
-    return _trl_steps(make, [sum(map(len, pair.ids)) for pair in pairs], section)
+    steps = _trl_steps(make, [sum(map(len, pair.ids)) for pair in pairs], section)
+    return {**steps, "work": reward_work(pairs, folded=False)}
 
 
 def _trl_settings(section: Any) -> dict[str, Any]:

@@ -40,6 +40,10 @@ class Bench:
         self.shape = flops.Shape.of(AutoConfig.from_pretrained(model), rank=16)
         self.params = load_params()
 
+    def adapted(self, section: Any) -> int:
+        """How many layers have adapters."""
+        return min(section.lora_layers or self.shape.layers, self.shape.layers)
+
     def child(self, job: str, **spec: Any) -> dict[str, Any]:
         """One measurement."""
         print(f"{job} {json.dumps(spec)}", flush=True)
@@ -75,6 +79,12 @@ def peak_of(runs: list[dict[str, Any]]) -> float:
     return median(run["peak_bytes"] for run in runs)
 
 
+def compared(which: str, ratio: float, fewer: float) -> dict[str, float]:
+    """A ratio, and how much of it is fewer operations and how much efficiency."""
+    found = {"ratio": ratio, "flops_ratio": fewer, "efficiency_ratio": ratio / fewer}
+    return {f"{name}{which}": round(value, 2) for name, value in found.items()}
+
+
 # ---- the parts
 
 
@@ -82,7 +92,7 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
     """One update, 16 rollouts of 32 + 48 tokens, two epochs."""
     spec = {**UPDATE, "updates": bench.updates}
     config = bench.params.ppo
-    layers, network = min(config.lora_layers, bench.shape.layers), config.value_network
+    layers, network = bench.adapted(config), config.value_network
     watched = {"watch_every": config.watch_every}
     runs = bench.in_turn(
         {
@@ -106,17 +116,18 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
         "trl_lora": flops.ppo_trl(bench.shape, rows, epochs=2, lora=True),
     }
     sides = _sides(runs, needed, peak_gflops)
-    time = {name: side["median_seconds"] for name, side in sides.items()}
+
+    def ratio(which: str, ours: str, theirs: str = "trl") -> dict[str, float]:
+        time = sides[theirs]["median_seconds"] / sides[ours]["median_seconds"]
+        return compared(which, time, needed[theirs] / needed[ours])
+
     return {
         "work": spec,
         "sides": sides,
-        "ratio_default": round(time["trl"] / time["default"], 2),
-        "ratio_default_lora": round(time["trl_lora"] / time["default"], 2),
-        "ratio_separate": round(time["trl"] / time["separate"], 2),
-        "ratio_shared": round(time["trl"] / time["shared"], 2),
-        "flops_ratio_default": round(needed["trl"] / needed["default"], 2),
-        "flops_ratio_separate": round(needed["trl"] / needed["separate"], 2),
-        "flops_ratio_shared": round(needed["trl"] / needed["shared"], 2),
+        **ratio("_default", "default"),
+        **ratio("_default_lora", "default", "trl_lora"),
+        **ratio("_separate", "separate"),
+        **ratio("_shared", "shared"),
         "memory_ratio": round(sides["default"]["peak_gb"] / sides["trl"]["peak_gb"], 3),
     }
 
@@ -141,33 +152,41 @@ def _sides(runs: Samples, needed: dict[str, int], peak_gflops: float) -> dict[st
 def training(bench: Bench, peak_gflops: float, stage: str) -> dict[str, Any]:
     """SFT or reward model: our recipe, ours in full, TRL's in full; tokens without padding."""
     section = getattr(bench.params, stage)
-    rows = (3 if bench.quick else 12) * section.batch_size
+    steps = 3 if bench.quick else 12
+    rows = steps * section.batch_size
     runs = bench.in_turn(
         {
-            "default": (f"{stage}_ours", {"rows": rows, "layers": section.lora_layers}),
+            "default": (f"{stage}_ours", {"rows": rows, "layers": section.lora_layers, "epochs": section.epochs}),
             "trl": (f"{stage}_trl", {"rows": rows}),
-            "full": (f"{stage}_ours", {"rows": rows // 2, "layers": None}),
+            "full": (f"{stage}_ours", {"rows": rows, "layers": None, "epochs": 1}),
         }
     )
-    rates = {name: median(rates_of(of_one)) for name, of_one in runs.items()}
-    mean_length = _mean_length(runs["full"], section.batch_size, 2 if stage == "reward" else 1)
-    one = flops.Rows(1, 0, round(mean_length))
-    answered = one.tokens * runs["full"][0].get("answered_share", 0.0)  # a reward model has no use for logits
-    per_row = flops.learn(bench.shape, bench.shape.layers, one.tokens, one.seen, full=True)
-    per_row += 3 * flops.head(bench.shape, round(answered))
+    sides = {}
+    for name, of_one in runs.items():
+        layers, rate = bench.adapted(section) if name == "default" else bench.shape.layers, median(rates_of(of_one))
+        a_token = operations_a_token(bench.shape, of_one[0], layers=layers, full=name != "default", steps=steps)
+        sides[name] = {
+            "tokens_per_second": rates_of(of_one),
+            "mflop_per_token": round(a_token / 1e6, 1),
+            "peak_share": round(a_token * rate / 1e9 / peak_gflops, 3),
+            "peak_gb": round(peak_of(of_one) / 1e9, 2),
+        }
+    rate = {name: median(side["tokens_per_second"]) for name, side in sides.items()}
+    a_token = {name: side["mflop_per_token"] for name, side in sides.items()}
     return {
         "work": {"rows": rows, "batch_size": section.batch_size, "epochs": section.epochs},
-        "tokens_per_second": {name: rates_of(of_one) for name, of_one in runs.items()},
-        "peak_gb": {name: round(peak_of(of_one) / 1e9, 2) for name, of_one in runs.items()},
-        "ratio_default": round(rates["default"] / rates["trl"], 2),
-        "ratio_equal": round(rates["full"] / rates["trl"], 2),
-        "peak_share": round(per_row / one.tokens * rates["full"] / 1e9 / peak_gflops, 3),
+        "sides": sides,
+        **compared("_default", rate["default"] / rate["trl"], a_token["trl"] / a_token["default"]),
+        **compared("_equal", rate["full"] / rate["trl"], a_token["trl"] / a_token["full"]),
+        "peak_share": sides["full"]["peak_share"],
     }
 
 
-def _mean_length(runs: list[dict[str, Any]], batch_size: int, texts: int) -> float:
-    tokens = [count for run in runs for count in run["tokens"]]
-    return sum(tokens) / len(tokens) / batch_size / texts
+def operations_a_token(shape: flops.Shape, run: dict[str, Any], *, layers: int, full: bool, steps: int) -> float:
+    """Of the steps that were timed, by the tokens that they were given; an epoch has `steps`, the first is left out."""
+    work, timed = flops.Work(*run["work"]), sum(run["tokens"])
+    first, passes = sum(run["tokens"][: steps - 1]) / work.given, timed / work.given
+    return flops.training(shape, work, layers=layers, full=full, first=first, passes=passes) / timed
 
 
 def generation(bench: Bench) -> dict[str, Any]:

@@ -12,12 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import flops, measure
-from benchmarks.measure import Endless, Stopwatch, between
+from benchmarks.measure import Endless, Stopwatch, between, reward_work, sft_work
 from benchmarks.page import exponent, page
-from benchmarks.run import generation, peak_of, rates_of, seconds_of
+from benchmarks.run import compared, generation, operations_a_token, peak_of, rates_of, seconds_of
+from rlhf_core.folding import fold_rows
 from rlhf_core.models import Roles, pack
 from rlhf_core.ppo import POLICY, VALUE, add_roles, losses, measure_rollouts
 from rlhf_core.records import Sampled
+from rlhf_core.reward import EncodedRanking
+from rlhf_core.sft import Example
 from rlhf_core.tiny import make_llama
 from rlhf_core.watch import GOLD
 
@@ -55,6 +58,46 @@ def test_learning_in_full_is_counted_as_torch_counts_it(llama: Any, shape: flops
     layers = flops.learn(shape, 3, COUNT * LENGTH, COUNT * LENGTH**2, full=True)
     found = counted(lambda: llama(ids).logits.sum().backward())
     assert found == layers + 3 * flops.head(shape, COUNT * LENGTH)
+
+
+def test_a_pair_is_counted_as_torch_counts_it(
+    tmp_path: Path, llama: Any, shape: flops.Shape, tokenizer: PreTrainedTokenizerFast, section: Any
+) -> None:
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    roles = Roles(tmp_path, section("reward"))
+    roles.model.set_attn_implementation("eager")
+    roles.add("reward", method="full", head=True)
+    roles.trainable("reward")
+    assert roles.folds
+    pair = [[5] * 10 + [6] * 4, [5] * 10 + [7] * 6]
+    work = reward_work([EncodedRanking(pair, (1, 2), [4, 6])], folded=True)
+    found = counted(lambda: roles.output_rows(pair, ["reward"], 0).sum().backward())
+    # Attention computes the positions that the mask hides too; the score head has one output for each text.
+    whole = flops.training(shape, work._replace(seen=work.tokens**2), layers=3, full=True)
+    assert found == whole + 3 * 2 * 2 * shape.width
+    packed = pack(pair, None, 0)
+    fold = fold_rows(packed.mask_BS, [(2, 10)])
+    assert (work.given, work.tokens, work.seen) == (30, fold.of_GF.numel(), int(fold.sees_GFF.sum()))
+
+
+def test_texts_of_a_pair_that_stand_apart_are_counted_apart() -> None:
+    pairs = [EncodedRanking([[1] * 9 + [2], [1] * 9 + [3, 3]], (1, 2), [1, 2])]
+    assert reward_work(pairs, folded=False) == (21, 21, 55 + 66, 0)
+    assert reward_work(pairs, folded=True) == (21, 12, 55 + 66 - 45, 0)
+    assert sft_work([Example([1, 2], [3]), Example([1], [2])]) == (5, 5, 6 + 3, 2)
+
+
+def test_layers_below_the_adapters_cost_nothing_the_second_time(shape: flops.Shape) -> None:
+    # 10 tokens a step, two steps an epoch, the first of four not timed: one of three comes for the first time.
+    work = flops.Work(20, 20, 110, 0)
+    found = operations_a_token(shape, {"work": work, "tokens": [10, 10, 10]}, layers=2, full=False, steps=2)
+    lower, upper = flops.forward(shape, 1, 20, 110), flops.learn(shape, 2, 20, 110, full=False)
+    assert found == pytest.approx((lower / 2 + upper * 3 / 2) / 30, rel=1e-9)
+
+
+def test_a_ratio_is_told_with_what_it_comes_from() -> None:
+    assert compared("_x", 3.0, 2.0) == {"ratio_x": 3.0, "flops_ratio_x": 2.0, "efficiency_ratio_x": 1.5}
 
 
 def test_learning_by_adapters_is_counted_as_torch_counts_it(
