@@ -146,14 +146,20 @@ def ppo_ours(
     return sampling(shape, rows, prompts=prompts) + look + epochs * (policy + value)
 
 
-def ppo_trl(shape: Shape, rows: Rows, *, epochs: int, lora: bool) -> int:
+def ppo_trl(shape: Shape, rows: Rows, *, epochs: int, lora: bool, checkpointed: bool = False) -> int:
     """One update of TRL's PPOTrainer: four models, logits of every token.
 
-    The old log-probabilities come with sampling; reference, value and reward look at the rollouts once.
+    The old log-probabilities come with sampling; reference, value and reward look at the rollouts once. Checkpointed,
+    each layer of policy and value is computed once more for the backward pass, but for the product that it ends with.
     """
     look = 3 * forward(shape, shape.layers, rows.tokens, rows.seen) + head(shape, rows.tokens)
     policy = learn(shape, shape.layers, rows.tokens, rows.seen, full=not lora) + (2 if lora else 3) * head(
         shape, rows.tokens
     )
     value = learn(shape, shape.layers, rows.tokens, rows.seen, full=True)
-    return sampling(shape, rows, prompts=rows.count) + look + epochs * (policy + value)
+    again = 0
+    if checkpointed:
+        out, inside = shape.matrices[-1]
+        ends = shape.layers * 2 * rows.tokens * out * inside
+        again = 2 * (forward(shape, shape.layers, rows.tokens, rows.seen) - ends)
+    return sampling(shape, rows, prompts=rows.count) + look + epochs * (policy + value + again)

@@ -148,11 +148,21 @@ def ppo_ours(
 
 
 def ppo_trl(
-    *, model: str, lora: bool, rollouts: int, prompt: int, response: int, epochs: int, updates: int
+    *,
+    model: str,
+    lora: bool,
+    rollouts: int,
+    prompt: int,
+    response: int,
+    epochs: int,
+    updates: int,
+    checkpointed: bool = False,
 ) -> dict[str, Any]:
     """Updates of TRL's PPOTrainer: in full, or with LoRA on all linear layers of the policy (the value model in full).
 
-    In float32 without gradient checkpointing, which on a CPU is the fastest that it does.
+    In float32 without gradient checkpointing, which on a CPU is the fastest that it does; or `checkpointed`, in policy
+    and value model. PPOConfig asks for that by default, but PPOTrainer 1.10 leaves it to a method of Trainer that its
+    own loop never calls, so it is switched on by hand.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -190,6 +200,9 @@ def ppo_trl(
             else None,
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
+        if checkpointed:
+            trainer.model.gradient_checkpointing_enable()  # of the policy, which TRL switches off while it samples
+            trainer.value_model.gradient_checkpointing_enable()
         trainer.train()
     trained = sum(part.numel() for part in trainer.model.parameters() if part.requires_grad)
     seconds = between(watch.moments)

@@ -103,6 +103,8 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
             "trl_lora": ("ppo_trl", {**spec, "lora": True}),
         }
     )
+    checkpointed = {**spec, "updates": 1, "lora": False, "checkpointed": True}  # for its memory, so once is enough
+    runs["trl_checkpointed"] = [bench.child("ppo_trl", model=bench.model, **checkpointed)]
     rows = flops.Rows(UPDATE["rollouts"], UPDATE["prompt"], UPDATE["response"])
     needed = {
         "default": flops.ppo_ours(
@@ -114,6 +116,7 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
         ),
         "trl": flops.ppo_trl(bench.shape, rows, epochs=2, lora=False),
         "trl_lora": flops.ppo_trl(bench.shape, rows, epochs=2, lora=True),
+        "trl_checkpointed": flops.ppo_trl(bench.shape, rows, epochs=2, lora=False, checkpointed=True),
     }
     sides = _sides(runs, needed, peak_gflops)
 
@@ -129,6 +132,7 @@ def ppo_update(bench: Bench, peak_gflops: float) -> dict[str, Any]:
         **ratio("_separate", "separate"),
         **ratio("_shared", "shared"),
         "memory_ratio": round(sides["default"]["peak_gb"] / sides["trl"]["peak_gb"], 3),
+        "memory_ratio_checkpointed": round(sides["default"]["peak_gb"] / sides["trl_checkpointed"]["peak_gb"], 3),
     }
 
 

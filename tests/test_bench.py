@@ -81,6 +81,16 @@ def test_a_pair_is_counted_as_torch_counts_it(
     assert (work.given, work.tokens, work.seen) == (30, fold.of_GF.numel(), int(fold.sees_GFF.sum()))
 
 
+def test_layers_that_are_checkpointed_are_counted_as_torch_counts_them(llama: Any, shape: flops.Shape) -> None:
+    ids, rows = torch.randint(0, 50, (COUNT, LENGTH)), Eager(COUNT, 0, LENGTH)
+    plain, again = (flops.ppo_trl(shape, rows, epochs=1, lora=False, checkpointed=on) for on in (False, True))
+    found = counted(lambda: llama(ids, use_cache=False).logits.sum().backward())
+    llama.activation_checkpointing_enable()
+    llama.train()
+    more = counted(lambda: llama(ids, use_cache=False).logits.sum().backward()) - found
+    assert 2 * more == again - plain  # policy and value model
+
+
 def test_texts_of_a_pair_that_stand_apart_are_counted_apart() -> None:
     pairs = [EncodedRanking([[1] * 9 + [2], [1] * 9 + [3, 3]], (1, 2), [1, 2])]
     assert reward_work(pairs, folded=False) == (21, 21, 55 + 66, 0)
