@@ -369,33 +369,44 @@ def _trl_steps(make: Callable[[str, Any], Any], lengths: Sequence[int], section:
 # ---- generation
 
 
-def generation(*, model: str, rows: int, prompt: int, response: int, repeats: int) -> dict[str, Any]:
-    """Our sampler and transformers' `generate`, in turn: the same prompts, no row ever stops."""
-    prompts = prompts_of(model, rows, prompt)
-    roles = Roles(model)
-    whole = roles.model
-    ids = torch.tensor(prompts)
-    found: dict[str, list[float]] = {"ours": [], "generate": []}
+def generation_ours(*, model: str, rows: int, prompt: int, response: int, repeats: int) -> dict[str, Any]:
+    """Our sampler; no row ever stops."""
+    prompts, whole = prompts_of(model, rows, prompt), Roles(model).model
     temperature = load_params().ppo.temperature
 
-    def ours() -> None:
-        sample(whole, prompts, max_tokens=response, temperature=temperature, stop_id=-1, pad_id=0,
+    def work(tokens: int) -> None:
+        sample(whole, prompts, max_tokens=tokens, temperature=temperature, stop_id=-1, pad_id=0,
                generator=torch.Generator().manual_seed(0))  # fmt: skip
 
-    def theirs() -> None:
+    return _generated(work, rows, response, repeats)
+
+
+def generation_transformers(*, model: str, rows: int, prompt: int, response: int, repeats: int) -> dict[str, Any]:
+    """transformers' `generate` on the same prompts."""
+    ids, whole = torch.tensor(prompts_of(model, rows, prompt)), Roles(model).model
+    temperature = load_params().ppo.temperature
+
+    def work(tokens: int) -> None:
         with torch.no_grad():
             whole.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                max_new_tokens=response, eos_token_id=None, pad_token_id=0,
+                max_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
 
-    for repeat in range(repeats + 1):
-        for name, work in (("ours", ours), ("generate", theirs)):
+    return _generated(work, rows, response, repeats)
+
+
+def _generated(work: Callable[[int], None], rows: int, response: int, repeats: int) -> dict[str, Any]:
+    """Seconds of whole responses, and of the prompts with one token, which a step is told without."""
+    found: dict[str, list[float]] = {}
+    for name, tokens in (("seconds", response), ("first_seconds", 1)):
+        moments = []
+        for _ in range(repeats + 1):  # the first is not counted
             began = time.perf_counter()
-            work()
-            if repeat:
-                found[name].append(time.perf_counter() - began)
-    return found
+            work(tokens)
+            moments.append(time.perf_counter() - began)
+        found[name] = moments[1:]
+    return {**found, "tokens": [rows * response] * repeats}
 
 
 def settle() -> dict[str, Any]:
@@ -443,7 +454,8 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
         sft_trl,
         reward_ours,
         reward_trl,
-        generation,
+        generation_ours,
+        generation_transformers,
     )
 }
 

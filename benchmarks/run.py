@@ -148,8 +148,7 @@ def _sides(runs: Samples, needed: dict[str, int], peak_gflops: float) -> dict[st
             "peak_share": round(needed[name] / middle / 1e9 / peak_gflops, 3),
             "tokens_per_second": round(of_one[0]["tokens"][0] / middle, 1),
             "peak_gb": round(peak_of(of_one) / 1e9, 2),
-            "trained": of_one[0]["trained"],
-        }
+        } | {key: of_one[0][key] for key in ("trained",) if key in of_one[0]}
     return found
 
 
@@ -193,27 +192,30 @@ def operations_a_token(shape: flops.Shape, run: dict[str, Any], *, layers: int, 
     return flops.training(shape, work, layers=layers, full=full, first=first, passes=passes) / timed
 
 
-def generation(bench: Bench) -> dict[str, Any]:
+def generation(bench: Bench, peak_gflops: float) -> dict[str, Any]:
     """16 rows, 64 new tokens: ours, `generate`, and the matrix products of a step alone."""
     rows, prompt, response = 16, 32, 64
-    spec = {"model": bench.model, "rows": rows, "prompt": prompt, "repeats": 1 if bench.quick else 5}
-    runs = bench.child("generation", response=response, **spec)
-    first = bench.child("generation", response=1, **spec)  # the prompt and one token: what a step is told without
+    spec = {"rows": rows, "prompt": prompt, "response": response, "repeats": 1 if bench.quick else 3}
+    runs = bench.in_turn({"ours": ("generation_ours", spec), "generate": ("generation_transformers", spec)})
+    needed = dict.fromkeys(runs, flops.sampling(bench.shape, flops.Rows(rows, prompt, response), prompts=rows))
     products = bench.child("products", shapes=bench.shape.joined, rows=rows)
     products = {name: value for name, value in products.items() if name != "peak_bytes"}
     best = min(products, key=lambda name: products[name])
-    whole, until_first = ({name: median(each[name]) for name in ("ours", "generate")} for each in (runs, first))
+    whole, until_first = (
+        {name: median(value for run in of_one for value in run[part]) for name, of_one in runs.items()}
+        for part in ("seconds", "first_seconds")
+    )
     step = {name: (whole[name] - until_first[name]) / (response - 1) for name in whole}
     return {
         "work": {"rows": rows, "prompt": prompt, "response": response},
-        "seconds": {name: [round(value, 3) for value in runs[name]] for name in whole},
+        "sides": _sides(runs, needed, peak_gflops),
         "first_token_ms": {name: round(1e3 * value, 1) for name, value in until_first.items()},
         "step_ms": {name: round(1e3 * value, 1) for name, value in step.items()},
         "products_ms": {name: round(1e3 * value, 1) for name, value in products.items()},
         "fastest_products": best,
         "bytes_a_step": sum(4 * out * inside for out, inside in bench.shape.joined),
         "flop_a_step": rows * sum(2 * out * inside for out, inside in bench.shape.joined),
-        "ratio": round(whole["generate"] / whole["ours"], 2),
+        **compared("", whole["generate"] / whole["ours"], 1.0),
         "bound_ratio": round(step["ours"] / products[best], 2),
     }
 
@@ -264,7 +266,7 @@ def main() -> None:
         "ppo_update": ppo_update,
         "reward": lambda bench, peak: training(bench, peak, "reward"),
         "sft": lambda bench, peak: training(bench, peak, "sft"),
-        "generation": lambda bench, _: generation(bench),
+        "generation": generation,
         "growth": lambda bench, _: growth(bench),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

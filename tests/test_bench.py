@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import flops, measure
 from benchmarks.measure import Endless, Stopwatch, between, reward_work, sft_work
 from benchmarks.page import exponent, page
-from benchmarks.run import compared, generation, operations_a_token, peak_of, rates_of, seconds_of
+from benchmarks.run import Bench, compared, generation, operations_a_token, peak_of, rates_of, seconds_of
 from rlhf_core.folding import fold_rows
 from rlhf_core.models import Roles, pack
 from rlhf_core.ppo import POLICY, VALUE, add_roles, losses, measure_rollouts
@@ -280,16 +280,24 @@ def test_points_too_small_to_measure_stay_out_of_an_exponent_and_are_told() -> N
     assert "| 1.00 | 1.00, without 2 of 4 points: too little to measure |" in page(results)
 
 
-def test_a_step_of_either_sampler_is_told_without_the_prompt(shape: flops.Shape) -> None:
-    def child(job: str, **spec: Any) -> dict[str, Any]:
+def test_a_step_of_either_sampler_is_told_without_the_prompt(
+    shape: flops.Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child(self: Bench, job: str, **spec: Any) -> dict[str, Any]:
         if job == "products":
             return {"plain": 0.05, "joined": 0.04, "peak_bytes": 1}
-        steps = spec["response"] - 1
-        return {"ours": [0.5 + 0.1 * steps], "generate": [2.0 + 0.2 * steps], "peak_bytes": 1}
+        first, step, peak = (0.5, 0.1, 2e9) if job == "generation_ours" else (2.0, 0.2, 3e9)
+        seconds = [first + step * (spec["response"] - 1)]
+        return {"seconds": seconds, "first_seconds": [first], "tokens": [16 * spec["response"]], "peak_bytes": peak}
 
-    found = generation(SimpleNamespace(model="m", quick=True, shape=shape, child=child))
+    monkeypatch.setattr(Bench, "child", child)
+    bench = object.__new__(Bench)
+    bench.model, bench.rounds, bench.quick, bench.shape = "m", 1, True, shape
+    found = generation(bench, 1.0)
     assert found["first_token_ms"] == {"ours": 500.0, "generate": 2000.0}
     assert found["step_ms"] == {"ours": 100.0, "generate": 200.0}
+    assert [side["peak_gb"] for side in found["sides"].values()] == [2.0, 3.0]
+    assert [side["tokens_per_second"] for side in found["sides"].values()] == [150.6, 70.1]  # 1024 in 6.8 s, in 14.6 s
     assert (found["ratio"], found["bound_ratio"]) == (2.15, 2.5)  # 14.6 s by 6.8 s, the prompt included; 0.1 by 0.04
 
 
