@@ -3,8 +3,11 @@
     make bench                      all of it
     make bench OPTIONS="--only ppo_update generation"
 
+    make bench OPTIONS="--quick --results /tmp/quick.json"
+
 Every measurement is a process of its own. Rounds alternate, so that a machine that is busier for some minutes is so for
-both. Each part that is done is written down at once, and --only leaves the other parts of results.json as they were.
+both. Each part that is done is written down at once, with the run that it is of, and --only leaves the other parts of
+results.json as they were.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +26,7 @@ from benchmarks import flops
 from benchmarks.page import write_page
 from rlhf_core.config import load_params
 
-RESULTS = Path("benchmarks/results.json")
+RESULTS, PREPARED = Path("benchmarks/results.json"), Path("data/prepared")
 BASE = "artifacts/base"
 UPDATE = {"rollouts": 16, "prompt": 32, "response": 48, "epochs": 2}
 WIDER = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 12,
@@ -222,14 +226,14 @@ def generation(bench: Bench, peak_gflops: float) -> dict[str, Any]:
 
 def growth(bench: Bench) -> dict[str, Any]:
     """Seconds and memory of an update of the default recipe over the batch, over the response, and of a wider model."""
-    found: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for name, model in (("135M", bench.model), ("wider", _wider(bench.model))):
         every = 1 if name == "135M" else 2
-        found[name] = {
+        models[name] = {
             "rollouts": [_point(bench, model, rollouts=rows) for rows in GROWTH_ROWS[::every]],
             "response": [_point(bench, model, rollouts=4, response=tokens) for tokens in GROWTH_RESPONSES[::every]],
         }
-    return found
+    return {"models": models}
 
 
 def _point(bench: Bench, model: str, **changes: int) -> dict[str, Any]:
@@ -276,19 +280,27 @@ def main() -> None:
     parser.add_argument("--model", default=BASE, help="a Llama's folder; the base model if not given")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if not (Path(options.model) / "config.json").is_file() or not Path("data/prepared").is_dir():
-        raise SystemExit(f"{options.model} or data/prepared is not there. Run `rlhf run --until prepare` first.")
+    published = options.results.resolve() == RESULTS.resolve()
+    if published and (options.quick or Path(options.model) != Path(BASE)):
+        found = "--quick" if options.quick else f"--model {options.model}"
+        raise SystemExit(
+            f"{RESULTS} and docs/performance.md are of whole runs of {BASE}, not of {found}. Add --results FILE."
+        )
+    if not (Path(options.model) / "config.json").is_file() or not PREPARED.is_dir():
+        raise SystemExit(f"{options.model} or {PREPARED} is not there. Run `rlhf run --until prepare` first.")
     bench = Bench(options.model, options.rounds, options.quick)
     results = json.loads(options.results.read_text(encoding="utf-8")) if options.results.is_file() else {}
     machine = bench.child("machine")
-    results |= {name: round(machine[name], 1) for name in ("peak_gflops", "bandwidth_gb_s")}
-    results["threads"] = machine["threads"]
+    peaks = {name: round(machine[name], 1) for name in ("peak_gflops", "bandwidth_gb_s", "threads")}
+    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+    results |= peaks  # of the latest run; each part has its own
     for name in options.only:
-        results[name] = parts[name](bench, machine["peak_gflops"])
+        found = parts[name](bench, machine["peak_gflops"])
+        results[name] = {"run": {"started": started, "model": options.model, "rounds": bench.rounds, **peaks}, **found}
         part = options.results.with_suffix(".part")
         part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         part.replace(options.results)
-    if options.results == RESULTS:
+    if published:
         write_page(results)
 
 

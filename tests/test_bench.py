@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import flops, measure
+from benchmarks import flops, measure, run
 from benchmarks.measure import Endless, Stopwatch, between, reward_work, sft_work
 from benchmarks.page import exponent, page
 from benchmarks.run import Bench, compared, generation, operations_a_token, peak_of, rates_of, seconds_of
@@ -264,6 +264,32 @@ def test_a_peak_that_cannot_be_set_back_is_told(monkeypatch: pytest.MonkeyPatch,
     found = measure.settle()
     assert not found["peak_reset"]
     assert found["loaded_bytes"] == found["loading_peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("options", [["--quick"], ["--model", "other"], ["--quick", "--results", str(RESULTS)]])
+def test_a_quick_or_a_foreign_run_takes_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("sys.argv", ["run", *options])
+    with pytest.raises(SystemExit, match="Add --results FILE"):
+        run.main()
+
+
+def test_a_part_keeps_the_run_that_it_is_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    llama.save_pretrained(tmp_path)
+    peaks = iter((100.04, 200.0))
+    monkeypatch.setattr(Bench, "child", lambda *_: {"peak_gflops": next(peaks), "bandwidth_gb_s": 30.0, "threads": 2})
+    for part in ("sft", "reward"):
+        monkeypatch.setattr(run, "training", lambda bench, peak, stage: {"stage": stage, "peak": peak})
+        monkeypatch.setattr(
+            "sys.argv", ["run", "--only", part, "--model", str(tmp_path), "--results", str(tmp_path / "results.json")]
+        )
+        monkeypatch.setattr(run, "PREPARED", tmp_path)
+        run.main()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["sft"]["run"]["peak_gflops"], found["reward"]["run"]["peak_gflops"]) == (100.0, 200.0)
+    assert (found["peak_gflops"], found["sft"]["peak"], found["sft"]["run"]["rounds"]) == (200.0, 100.04, 3)
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
