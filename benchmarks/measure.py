@@ -288,7 +288,7 @@ def reward_ours(*, model: str, layers: int | None, rows: int, epochs: int) -> di
 
 
 def sft_trl(*, model: str, rows: int) -> dict[str, Any]:
-    """TRL's SFTTrainer as it comes, in full, with our batch size, on ids whose prompts are left out of the loss."""
+    """TRL's SFTTrainer, in full, with our batch size, on ids whose prompts are left out of the loss."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -312,7 +312,7 @@ def sft_trl(*, model: str, rows: int) -> dict[str, Any]:
 
 
 def reward_trl(*, model: str, rows: int) -> dict[str, Any]:
-    """TRL's RewardTrainer as it comes, in full, with our batch size."""
+    """TRL's RewardTrainer, in full, with our batch size."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
@@ -332,6 +332,7 @@ def reward_trl(*, model: str, rows: int) -> dict[str, Any]:
 
 
 def _trl_settings(section: Any) -> dict[str, Any]:
+    """TRL's own but for our batches and rate; bfloat16 and gradient checkpointing, its defaults, are off."""
     return {
         "num_train_epochs": 1, "per_device_train_batch_size": section.micro_batch_size,
         "gradient_accumulation_steps": section.batch_size // section.micro_batch_size,

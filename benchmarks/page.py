@@ -7,121 +7,186 @@ from statistics import median
 from typing import Any
 
 PAGE, IMAGES = Path("docs/performance.md"), Path("docs/images")
+PARTS = {
+    "ppo_update": "a PPO update",
+    "reward": "reward model",
+    "sft": "SFT",
+    "generation": "generation",
+    "growth": "growth",
+}
 NAMES = {
     "default": "ours, as params.yaml has it",
     "separate": "ours, LoRA on every layer, a value network of its own",
     "shared": "ours, LoRA on every layer, the value a head on the policy",
-    "trl": "TRL as it comes, trained in full",
+    "full": "ours, trained in full, one epoch",
+    "trl": "TRL, trained in full",
     "trl_lora": "TRL, policy by LoRA on all linear layers",
+    "trl_checkpointed": "TRL, trained in full, gradient checkpointing on",
+    "ours": "ours",
+    "generate": "transformers' `generate`",
 }
 
 
 def write_page(results: dict[str, Any]) -> None:
     """The page and its plots, as far as the results have parts."""
     if "growth" in results:
-        _plot(results["growth"])
+        _plot(results["growth"]["models"])
     PAGE.write_text(page(results), encoding="utf-8")
 
 
 def page(results: dict[str, Any]) -> str:
     """The text."""
+    runs = {name: results[name]["run"] for name in PARTS if name in results}
+    together = len({run["started"] for run in runs.values()}) == 1
     parts = [
         "# Performance",
-        "What a step costs here and with TRL 1.10.0 on the same work, on the same machine, in one run, in turn. Made\n"
-        "by `make bench`; every sample is in [benchmarks/results.json](../benchmarks/results.json).",
-        f"The machine: {results['threads']} threads, {results['peak_gflops']:.0f} GFLOP/s in a 2048 × 2048 product in "
-        f"float32, {results['bandwidth_gb_s']:.0f} GB/s in a\ncopy. The model is SmolLM2-135M in float32. Times are "
-        "medians, with the fastest and the slowest sample in brackets.",
+        "What a step costs here and with TRL 1.10.0 on the same work and the same machine, in turn"
+        f"{', in one run' if together else ''}. Made by\n`make bench`; every sample is in "
+        "[benchmarks/results.json](../benchmarks/results.json).",
+        *_machine(runs, together),
+        "Operations are those that a method has to compute, of real tokens alone: 2·N·in·out for N tokens through a "
+        "matrix, 4·H·w·s\nin each layer for the attention of a token that sees s positions, H heads of width w. "
+        "Learning costs a matrix 3 times its\nforward pass if it is trained, 2 times if it is frozen, once below the "
+        "lowest adapter. The share of peak is operations ÷\nseconds ÷ peak, so padding counts against whoever computes "
+        "it; a ratio is fewer operations × efficiency. Details:\n[benchmarks/flops.py](../benchmarks/flops.py).",
     ]
     if "ppo_update" in results:
         parts += _ppo(results["ppo_update"])
     if "reward" in results or "sft" in results:
         parts += _training(results)
     if "generation" in results:
-        parts += _generation(results["generation"], results)
+        parts += _generation(results["generation"])
     if "growth" in results:
-        parts += _growth(results["growth"])
+        parts += _growth(results["growth"]["models"])
     return "\n\n".join(parts) + "\n"
+
+
+def _machine(runs: dict[str, dict[str, Any]], together: bool) -> list[str]:
+    lead = "Everything is in float32. Times are medians, with the fastest and the slowest sample in brackets."
+    peaks = "GFLOP/s are of a 2048 × 2048 product in float32, GB/s of a copy."
+    if together:
+        run = next(iter(runs.values()))
+        return [
+            f"The machine: {run['threads']} threads, {run['peak_gflops']:.0f} GFLOP/s, {run['bandwidth_gb_s']:.0f} "
+            f"GB/s; the model: {_model(run)}; rounds: {run['rounds']}.\n{peaks}\n{lead}"
+        ]
+    table = [
+        "| measured in | started, UTC | model | rounds | threads | GFLOP/s | GB/s |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for name, run in runs.items():
+        table.append(
+            f"| {PARTS[name]} | {run['started']} | {_model(run)} | {run['rounds']} | {run['threads']} | "
+            f"{run['peak_gflops']:.0f} | {run['bandwidth_gb_s']:.0f} |"
+        )
+    return [
+        "The parts come from several runs. Both sides of a part are of one run, and its shares are of that run's "
+        f"peaks.\n{peaks}\n{lead}",
+        "\n".join(table),
+    ]
+
+
+def _model(run: dict[str, Any]) -> str:
+    return "SmolLM2-135M" if run["model"] == "artifacts/base" else run["model"]
 
 
 def _spread(values: list[float], digits: int = 1) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def _ppo(found: dict[str, Any]) -> list[str]:
-    work, sides = found["work"], found["sides"]
+def _split(found: dict[str, Any], which: str) -> str:
+    """A ratio and what it comes from."""
+    ratio, fewer, efficiency = (found[f"{name}{which}"] for name in ("ratio", "flops_ratio", "efficiency_ratio"))
+    return f"**{ratio:.2f} times** as fast: {fewer:.2f} by fewer operations × {efficiency:.2f} by efficiency"
+
+
+def _sides(sides: dict[str, Any], digits: int = 1) -> str:
     table = [
-        "| | seconds | TFLOP | share of peak | peak memory, GB | weights trained |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | seconds | tokens a second | GFLOP | share of peak | peak memory, GB | weights trained |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, side in sides.items():
+        trained = f"{side['trained'] / 1e6:.1f}M" if "trained" in side else "none"
         table.append(
-            f"| {NAMES[name]} | {_spread(side['seconds'])} | {side['gflop'] / 1e3:.2f} | {side['peak_share']:.0%} | "
-            f"{side['peak_gb']:.1f} | {side['trained'] / 1e6:.1f}M |"
+            f"| {NAMES[name]} | {_spread(side['seconds'], digits)} | {side['tokens_per_second']:.0f} | "
+            f"{side['gflop']:.0f} | {side['peak_share']:.0%} | {side['peak_gb']:.1f} | {trained} |"
         )
-    efficiency = found["ratio_default"] / found["flops_ratio_default"]
+    return "\n".join(table)
+
+
+def _ppo(found: dict[str, Any]) -> list[str]:
+    work, sides = found["work"], found["sides"]
+    checkpointed = sides["trl_checkpointed"]
     return [
         "## A PPO update",
         f"{work['rollouts']} rollouts of {work['prompt']} prompt and {work['response']} response tokens, "
         f"{work['epochs']} epochs in batches of 8; no response stops early.\nThe work is equal in rollouts, tokens and "
-        "epochs, not in trained weights.",
-        "\n".join(table),
-        f"- Our default recipe is **{found['ratio_default']:.2f} times** as fast as TRL as it comes: "
-        f"{found['flops_ratio_default']:.2f} times fewer operations, each\n  {efficiency:.2f} times as fast. Against "
-        f"TRL with LoRA it is {found['ratio_default_lora']:.2f} times as fast.\n"
-        f"- With LoRA on every layer and a value network of its own: **{found['ratio_separate']:.2f} times**, with "
-        f"{found['flops_ratio_separate']:.2f} times fewer operations.\n"
-        f"- With LoRA on every layer and the value a head on the policy: **{found['ratio_shared']:.2f} times**, with "
-        f"{found['flops_ratio_shared']:.2f} times fewer operations.\n"
-        f"- Our default recipe needs {found['memory_ratio']:.0%} of the memory.",
-        "Operations are counted by [benchmarks/flops.py](../benchmarks/flops.py), for each method what it computes. "
-        "TRL's\ndefaults, bfloat16 and gradient checkpointing, are off: all is float32, and nothing is computed twice.",
+        "epochs, not in trained weights. In ours as params.yaml has it the gold model\nlooks at every so many updates, "
+        "as it does in a run, and is counted by its share of them.",
+        _sides(sides),
+        "Against TRL trained in full:\n\n"
+        f"- ours as params.yaml has it is {_split(found, '_default')};\n"
+        f"- with LoRA on every layer and a value network of its own, {_split(found, '_separate')};\n"
+        f"- with LoRA on every layer and the value a head on the policy, {_split(found, '_shared')}.\n\n"
+        f"Against TRL with LoRA, ours as params.yaml has it is {_split(found, '_default_lora')}.",
+        "Switched in TRL: bfloat16, its default, is off, so that both sides compute in float32. Gradient checkpointing "
+        "is off too, so\nthat nothing is computed twice: TRL is then faster and takes more memory. PPOConfig asks for "
+        "it by default, but PPOTrainer\n1.10.0 never switches it on; the last row has it switched on by hand, in "
+        "policy and value model, for one update.",
+        f"Ours as params.yaml has it needs **{found['memory_ratio']:.0%}** of the memory of TRL as timed, and "
+        f"**{found['memory_ratio_checkpointed']:.0%}** of that of TRL with gradient\ncheckpointing, which takes "
+        f"{median(checkpointed['seconds']) / sides['trl']['median_seconds']:.2f} times as long as without.",
     ]
 
 
 def _training(results: dict[str, Any]) -> list[str]:
-    table = [
-        "| tokens a second, without padding | ours, params.yaml | ours, in full | TRL, in full | default ÷ TRL | "
-        "full ÷ TRL | share of peak, in full |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+    parts = [
+        "## SFT and reward model",
+        "The starter data, the batch sizes of params.yaml; tokens are those of the texts, without padding. Ours as "
+        "params.yaml has it\nruns all its epochs, and its later ones find the lower layers computed. In full, both "
+        "sides train every weight on the same rows\nonce. TRL's defaults bfloat16 and gradient checkpointing are off: "
+        "it is faster without, and takes more memory.",
     ]
     for stage in ("reward", "sft"):
-        if stage in results:
-            found = results[stage]
-            rates = found["tokens_per_second"]
+        if stage not in results:
+            continue
+        found = results[stage]
+        table = [
+            f"| {PARTS[stage]} | tokens a second | MFLOP a token | share of peak | peak memory, GB |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for name, side in found["sides"].items():
             table.append(
-                f"| {'reward model' if stage == 'reward' else 'SFT'} | {_spread(rates['default'], 0)} | "
-                f"{_spread(rates['full'], 0)} | {_spread(rates['trl'], 0)} | **{found['ratio_default']:.2f}** | "
-                f"**{found['ratio_equal']:.2f}** | {found['peak_share']:.0%} |"
+                f"| {NAMES[name]} | {_spread(side['tokens_per_second'], 0)} | {side['mflop_per_token']:.0f} | "
+                f"{side['peak_share']:.0%} | {side['peak_gb']:.1f} |"
             )
-    return [
-        "## SFT and reward model",
-        "The starter data, the batch sizes of params.yaml. Ours by params.yaml runs all its epochs, and its later ones "
-        'find the\nlower layers computed. "In full" trains every weight on both sides.',
-        "\n".join(table),
-    ]
+        parts += [
+            "\n".join(table),
+            f"Against TRL, ours as params.yaml has it is {_split(found, '_default')};\nin full, "
+            f"{_split(found, '_equal')}.",
+        ]
+    return parts
 
 
-def _generation(found: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    work, step, products, seconds = (found[name] for name in ("work", "step_ms", "products_ms", "seconds"))
-    by_bytes = 1e3 * found["bytes_a_step"] / results["bandwidth_gb_s"] / 1e9
-    by_flops = 1e3 * found["flop_a_step"] / results["peak_gflops"] / 1e9
-    included = "" if "first_token_ms" in found else ", the prompt included"  # in results of before that was told apart
+def _generation(found: dict[str, Any]) -> list[str]:
+    work, step, products, run = (found[name] for name in ("work", "step_ms", "products_ms", "run"))
+    by_bytes = 1e3 * found["bytes_a_step"] / run["bandwidth_gb_s"] / 1e9
+    by_flops = 1e3 * found["flop_a_step"] / run["peak_gflops"] / 1e9
     rows = [
         "| milliseconds a step | |", "|---|---:|",
-        f"| ours | {step['ours']:.0f} |",
-        f"| transformers' `generate`{included} | {step['generate']:.0f} |",
+        *(f"| {NAMES[name]} | {value:.0f} |" for name, value in step.items()),
         *(f"| the matrix products alone, {name} | {value:.0f} |" for name, value in products.items()),
         f"| bound by bandwidth: {found['bytes_a_step'] / 1e6:.0f} MB of weights | {by_bytes:.0f} |",
         f"| bound by operations: {found['flop_a_step'] / 1e9:.1f} GFLOP | {by_flops:.0f} |",
     ]  # fmt: skip
     return [
         "## Generation",
-        f"{work['rows']} rows, {work['prompt']} prompt tokens, {work['response']} new tokens, temperature sampling.",
+        f"{work['rows']} rows, {work['prompt']} prompt tokens, {work['response']} new tokens, which alone are counted; "
+        "temperature sampling.",
+        _sides(found["sides"], 2),
         "\n".join(rows),
-        f"Ours takes {_spread(seconds['ours'], 2)} s, `generate` {_spread(seconds['generate'], 2)} s:\n"
-        f"**{found['ratio']:.2f} times** as fast. A step takes **{found['bound_ratio']:.2f} times** the fastest "
-        f"products of its shapes ({found['fastest_products']}).",
+        f"Ours is {_split(found, '')}.\nA step takes **{found['bound_ratio']:.2f} times** the fastest products of its "
+        f"shapes ({found['fastest_products']}).",
     ]
 
 
@@ -145,17 +210,27 @@ def _told(points: list[dict[str, Any]], over: str, of: str) -> str:
 
 
 def _growth(found: dict[str, Any]) -> list[str]:
-    table = ["| | time | memory beyond the models |", "|---|---:|---:|"]
+    table = ["| | points | time | memory beyond the models |", "|---|---:|---:|---:|"]
     for name, series in found.items():
         for over, points in series.items():
             what = "rollouts" if over == "rollouts" else "response length"
             time, memory = (_told(points, over, of) for of in ("seconds", "working_gb"))
-            table.append(f"| {name}, over {what} {points[0][over]} to {points[-1][over]} | {time} | {memory} |")
+            table.append(
+                f"| {name}, over {what} {points[0][over]} to {points[-1][over]} | {len(points)} | {time} | {memory} |"
+            )
+    every = [point for series in found.values() for points in series.values() for point in points]
+    samples = sorted({point["samples"] for point in every})
+    not_reset = "" if all(point["peak_reset"] for point in every) else (
+        "\nThis system did not let the peak of loading be set back, so memory is too small by what loading held for a "
+        "while."
+    )  # fmt: skip
     return [
         "## Growth",
         "An update of the default recipe, over the number of rollouts (32 + 48 tokens each) and, with 4 rollouts, over "
-        'the length\nof their responses. Exponents fitted on the logarithms; 1 is linear. "Wider" is a random model '
-        "of 36 layers and width 768.",
+        "the length\nof their responses. It is one at which the gold model does not look. A point is of "
+        f"{' or '.join(map(str, samples))} sample{'s' if samples != [1] else ''}, so trust\nthe slopes, not single "
+        'points. Exponents fitted on the logarithms; 1 is linear. "Wider" is a random model of 36 layers\nand width '
+        f"768, measured at every second point.{not_reset}",
         "![Seconds and memory of an update over rollouts and response length](images/performance-growth.png)",
         "\n".join(table),
         "No tensor of (rows, tokens, vocabulary) is ever held: logits are made for 512 tokens at a time.",

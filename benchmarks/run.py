@@ -170,12 +170,12 @@ def training(bench: Bench, peak_gflops: float, stage: str) -> dict[str, Any]:
     )
     sides = {}
     for name, of_one in runs.items():
-        layers, rate = bench.adapted(section) if name == "default" else bench.shape.layers, median(rates_of(of_one))
-        a_token = operations_a_token(bench.shape, of_one[0], layers=layers, full=name != "default", steps=steps)
+        layers, rates = bench.adapted(section) if name == "default" else bench.shape.layers, rates_of(of_one)
+        operations = operations_a_token(bench.shape, of_one[0], layers=layers, full=name != "default", steps=steps)
         sides[name] = {
-            "tokens_per_second": rates_of(of_one),
-            "mflop_per_token": round(a_token / 1e6, 1),
-            "peak_share": round(a_token * rate / 1e9 / peak_gflops, 3),
+            "tokens_per_second": rates,
+            "mflop_per_token": round(operations / 1e6, 1),
+            "peak_share": round(operations * median(rates) / 1e9 / peak_gflops, 3),
             "peak_gb": round(peak_of(of_one) / 1e9, 2),
         }
     rate = {name: median(side["tokens_per_second"]) for name, side in sides.items()}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import flops, measure, run
 from benchmarks.measure import Endless, Stopwatch, between, reward_work, sft_work
 from benchmarks.page import exponent, page
-from benchmarks.run import Bench, compared, generation, operations_a_token, peak_of, rates_of, seconds_of
+from benchmarks.run import UPDATE, Bench, compared, generation, operations_a_token, peak_of, rates_of, seconds_of
 from rlhf_core.folding import fold_rows
 from rlhf_core.models import Roles, pack
 from rlhf_core.ppo import POLICY, VALUE, add_roles, losses, measure_rollouts
@@ -27,6 +27,8 @@ from rlhf_core.watch import GOLD
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "benchmarks/results.json"
 LENGTH, COUNT = 12, 3
+RUN = {"started": "2026-01-01 00:00:00", "model": "artifacts/base", "rounds": 2, "threads": 2, "peak_gflops": 180.0,
+       "bandwidth_gb_s": 30.0}  # fmt: skip
 
 
 @pytest.fixture
@@ -302,8 +304,35 @@ def test_points_too_small_to_measure_stay_out_of_an_exponent_and_are_told() -> N
     points = [{"response": n, "seconds": float(n), "working_gb": gb} for n, gb in memory.items()]
     assert exponent(points, "response", "working_gb") == pytest.approx(1, rel=1e-9)
     assert math.isnan(exponent(points[:3], "response", "working_gb"))
-    results = {"threads": 2, "peak_gflops": 1.0, "bandwidth_gb_s": 1.0, "growth": {"135M": {"response": points}}}
-    assert "| 1.00 | 1.00, without 2 of 4 points: too little to measure |" in page(results)
+    points = [{**point, "samples": 1, "peak_reset": point["response"] > 16} for point in points]
+    text = page({"growth": {"run": RUN, "models": {"135M": {"response": points}}}})
+    assert "| 4 | 1.00 | 1.00, without 2 of 4 points: too little to measure |" in text
+    assert "A point is of 1 sample," in text
+    assert "did not let the peak of loading be set back" in text
+
+
+def test_the_page_says_of_which_run_a_part_is() -> None:
+    later = {**RUN, "started": "2026-01-02 00:00:00", "peak_gflops": 150.0}
+    side = {"seconds": [2.0], "median_seconds": 2.0, "tokens_per_second": 640.0, "gflop": 2000.0, "peak_share": 0.5}
+    names = ("default", "trl", "separate", "shared", "trl_lora", "trl_checkpointed")
+    ratios = {
+        name: value
+        for which in ("_default", "_default_lora", "_separate", "_shared", "_equal")
+        for name, value in compared(which, 3.0, 2.0).items()
+    }
+    memory = {"memory_ratio": 0.4, "memory_ratio_checkpointed": 0.6}
+    sides = {name: {**side, "peak_gb": 4.0, "trained": 10**6} for name in names}
+    update = {"run": RUN, "work": {**UPDATE, "updates": 2}, "sides": sides, **ratios, **memory}
+    trained = {"tokens_per_second": [90.0], "mflop_per_token": 800.0, "peak_share": 0.7, "peak_gb": 3.0}
+    sft = {"run": RUN, "sides": dict.fromkeys(("default", "trl", "full"), trained), **ratios}
+    one = page({"ppo_update": update, "sft": sft})
+    assert "in one run" in one
+    assert "2 threads, 180 GFLOP/s" in one
+    assert "needs **40%** of the memory of TRL as timed, and **60%** of that of TRL with gradient" in one
+    assert one.count("**3.00 times** as fast: 2.00 by fewer operations × 1.50 by efficiency") == 6
+    two = page({"ppo_update": update, "sft": {**sft, "run": later}})
+    assert "in one run" not in two
+    assert "| SFT | 2026-01-02 00:00:00 | SmolLM2-135M | 2 | 2 | 150 | 30 |" in two
 
 
 def test_a_step_of_either_sampler_is_told_without_the_prompt(
