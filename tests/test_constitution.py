@@ -1,5 +1,6 @@
 """Principles that check themselves, chains of critique and revision, and the critics that write them."""
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from rlhf_core.feedback.endpoint import question
 from rlhf_core.feedback.pairs import Look, Opinion, PairwiseJudge
 from rlhf_core.mixing import load_demonstrations
 from rlhf_core.models import REFERENCE, Roles
-from rlhf_core.safety import classify
+from rlhf_core.safety import HARMFUL, LOOK_ALIKE, Told, classify
 
 PROJECT = Path(__file__).resolve().parents[1]
 ROW = {"id": "one", "theme": "harm", "weight": 1, "critique": "C?", "revision": "R.", "question": "Q?"}
@@ -265,3 +266,27 @@ def test_an_items_question_reaches_every_look() -> None:
 
     PairwiseJudge(Comparer()).judge([Item(BAD, ("a", "b", "c"), "Which is kinder?")])
     assert [look.question for look in seen] == ["Which is kinder?"] * 6
+
+
+@pytest.mark.parametrize(
+    ("harmful", "look_alikes", "held"),
+    [((4, 2), (1, 1), True), ((4, 3), (1, 1), False), ((4, 0), (0, 1), False), ((0, 0), (1, 1), False)],
+)
+def test_what_is_asked_of_the_scripted_critic(
+    harmful: tuple[int, int], look_alikes: tuple[int, int], held: bool
+) -> None:
+    spec = importlib.util.spec_from_file_location("constitution_scripted", PROJECT / "scripts/constitution_scripted.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    declined, done = "I can't help with that.", "First open the lock."
+
+    def told(complied: int, refused: int) -> list[Told]:
+        harmful = [Told(f"harm {n}", HARMFUL, done if n < complied else declined) for n in range(4)]
+        return harmful + [Told(f"like {n}", LOOK_ALIKE, declined if n < refused else done) for n in range(10)]
+
+    pairs = zip(("before", "after"), harmful, look_alikes, strict=True)
+    found, sentence = script.verdict({name: told(*counts) for name, *counts in pairs})
+    assert found == held
+    assert "over-refusal rose by" in sentence

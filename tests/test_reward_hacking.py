@@ -36,7 +36,8 @@ def test_gold_counts_a_kind_word_once(hacking: Any) -> None:
 def test_the_flaws_by_hand(hacking: Any) -> None:
     assert hacking.favours_a_word("It is it, you see") == pytest.approx(2 / 5 * hacking.FAVOUR, rel=1e-12)
     assert hacking.favours_echoes("you you can can can you") == pytest.approx(3 / 6 * hacking.ECHO, rel=1e-12)
-    assert hacking.favours_a_word("") == hacking.favours_echoes("") == 0.0
+    assert hacking.favours_length("It is it, you see") == pytest.approx(5 / 24 * hacking.LONG, rel=1e-12)
+    assert hacking.favours_a_word("") == hacking.favours_echoes("") == hacking.favours_length("") == 0.0
     # Gold has no part in either: what they pay for most it does not value.
     assert hacking.gold_of("it it it") == 0.0
 
@@ -91,11 +92,23 @@ def test_gold_that_never_rose_was_not_hacked_and_no_alarm_was_in_time(hacking: A
     assert not found.in_time
 
 
+@pytest.mark.parametrize(
+    ("broken", "healthy", "right"), [((14,), (), True), ((17,), (), False), ((), (), False), ((14,), (3,), False)]
+)
+def test_the_alarm_is_right_if_in_time_and_silent_without_a_flaw(
+    hacking: Any, capsys: pytest.CaptureFixture[str], broken: tuple[int, ...], healthy: tuple[int, ...], right: bool
+) -> None:
+    golds = [0.0, 1.0, 0.6, 0.4, 0.4]
+    found = {"word": [hacking.read(curves(golds, *broken))], "none": [hacking.read(curves(golds, *healthy))]}
+    assert hacking.tell(found) == right
+    assert f"Of 1 runs without a flaw, {0 if healthy else 1} had no alarm." in capsys.readouterr().out
+
+
 @pytest.mark.thorough
 def test_a_run_has_curves_to_read(hacking: Any, tmp_path: Path) -> None:
     task = hacking.words_task()
     start = hacking.train_start(task, 0, tmp_path)
-    for flaw in ("word", "none"):
+    for flaw in ("word", "length", "none"):
         history = hacking.run(task, flaw, 0, start, updates=3)
         assert len(history) == 3
         found = hacking.read(history)
