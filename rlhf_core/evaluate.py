@@ -22,7 +22,7 @@ from rlhf_core.config import Evaluate
 from rlhf_core.data import encode_prompt
 from rlhf_core.ensemble import SEED_STEP, member_scores
 from rlhf_core.folding import batches
-from rlhf_core.models import REFERENCE, Roles, pack
+from rlhf_core.models import REFERENCE, Roles, TrunkCache, pack
 from rlhf_core.records import Demonstration, Prompt, Sampled
 from rlhf_core.rollouts import sample
 from rlhf_core.sft import encode_demonstrations, perplexity
@@ -102,7 +102,8 @@ def evaluate_policies(
     if more:
         rounds["sft"].append(more)
     total = 2 * sum(len(_parts(encoded, turns)) for of_one in rounds.values() for turns in of_one)
-    done = 0
+    done, demonstrated = 0, TrunkCache()  # the latter of demonstrations, for all but the base
+    both_begin_alike = tuned.begins_as(base)
 
     def advance(note: str, answers: Sampled) -> None:
         nonlocal done
@@ -131,7 +132,7 @@ def evaluate_policies(
                     pad_id=tokenizer.pad_token_id,
                     generator=generator,
                     greedy=[number == turn == 0 for turn in range(turns) for _ in part],
-                    keep_depth=tuned.depth if roles is tuned else 0,
+                    keep_depth=tuned.depth if roles is tuned or both_begin_alike else 0,
                     logprobs=policy != "sft",
                 )
                 advance(f"{policy} answered", answers)
@@ -148,7 +149,9 @@ def evaluate_policies(
         metrics[policy] = {
             **_summary(sampled[policy]),
             **axis_intervals(sampled[policy], config, cost_axis=cost_axis),
-            "perplexity": perplexity(roles, role, examples, tokenizer.pad_token_id),
+            "perplexity": perplexity(
+                roles, role, examples, tokenizer.pad_token_id, cache=demonstrated if roles is tuned else None
+            ),
             "greedy": _summary(greedy[policy]),
         }
     for left, right in COMPARISONS:

@@ -475,6 +475,23 @@ class Roles(nn.Module):
             self._depth = 0 if self.full else self._shared_depth()
         return self._depth
 
+    @torch.no_grad()
+    def begins_as(self, other: "Roles") -> bool:
+        """Whether the layers that the roles share are those of another model: the states below serve both."""
+        mine, theirs = _body(self.model), _body(other.model)
+        if not self.depth or type(mine) is not type(theirs):
+            return False
+        shared = slice(0, self.depth)
+        for ours, others in ((mine.embed_tokens, theirs.embed_tokens), (mine.layers[shared], theirs.layers[shared])):
+            weights, of_other = dict(ours.named_parameters()), dict(others.named_parameters())
+            if weights.keys() != of_other.keys():
+                return False
+            if not all(torch.equal(weight, of_other[name]) for name, weight in weights.items()):
+                return False
+        ids_BS = torch.arange(8, device=self.device)[None] % self.model.config.vocab_size  # settings may differ too
+        found = (_run(one._view(one.model, shared), ids_BS >= 0, input_ids=ids_BS) for one in (self, other))
+        return torch.equal(*found)
+
     @property
     def folds(self) -> bool:
         """Whether rows that begin alike may lie as one, which no model is believed to bear that has not shown it."""

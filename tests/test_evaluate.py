@@ -14,7 +14,7 @@ from rlhf_core import evaluate
 from rlhf_core.best_of_n import best_of_n_kl
 from rlhf_core.evaluate import POLICIES, Evaluation, Response, axis_intervals, compare, evaluate_policies
 from rlhf_core.feedback.exchange import find_items
-from rlhf_core.models import Normaliser, Roles
+from rlhf_core.models import Normaliser, Roles, load_policy, load_tokenizer
 from rlhf_core.records import Demonstration, Prompt
 from rlhf_core.rollouts import sample
 from rlhf_core.statistics import length_controlled_win_rate
@@ -214,13 +214,34 @@ def test_states_kept_while_sampling_change_no_number(
     ours = run(llama, saved, section("evaluate"), tokenizer)
     monkeypatch.setattr(Roles, "trunk", watched)
     plain = run(llama, saved, section("evaluate"), tokenizer)
-    assert sum(given) == 2  # sft's and ppo's answers, each measured in one piece; the base has layers of its own
+    assert sum(given) == 3  # each policy's answers, measured in one piece
     for policy in POLICIES:
         for left, right in zip(ours.sampled[policy], plain.sampled[policy], strict=True):
             assert left.text == right.text
             numbers = [(one.reward, one.gold_reward, one.kl) for one in (left, right)]
             # float32: a KL is a sum over tokens of differences of log-probs many times its size
             assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=5e-5)
+
+
+def test_a_base_with_other_lower_layers_keeps_no_states_for_the_tuned_model(
+    llama: Path, folders: Callable[..., Any], section: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model = load_policy(llama)
+    with torch.no_grad():
+        model.get_decoder().layers[0].mlp.up_proj.weight.add_(0.01)
+    model.save_pretrained(tmp_path)
+    load_tokenizer(llama).save_pretrained(tmp_path)
+    assert Roles(llama).begins_as(Roles(llama))
+    assert not Roles(llama).begins_as(Roles(tmp_path))
+    given, trunk = [], Roles.trunk
+
+    def watched(self: Roles, packed: Any, cache: Any = None, **options: Any) -> Any:
+        given.append(options.get("states") is not None)
+        return trunk(self, packed, cache, **options)
+
+    monkeypatch.setattr(Roles, "trunk", watched)
+    run(tmp_path, folders(move=True), section("evaluate"), tokenizer)
+    assert sum(given) == 2  # sft's and ppo's answers
 
 
 def test_a_summary_is_the_mean_of_its_responses(moved: Evaluation) -> None:
