@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_core import processes
 from rlhf_core.alarm import GOLD as GOLD_SCORE
 from rlhf_core.alarm import REPETITION, Alarm, repetition
+from rlhf_core.folding import batches
 from rlhf_core.models import Roles, Trunk
 from rlhf_core.optimisation import copy_into
 from rlhf_core.records import Sampled
@@ -41,8 +42,8 @@ def measure_watched(
     elif GOLD in roles.heads:
         own = processes.own(range(len(responses)))
         scores_B = torch.zeros(len(own), device=roles.device)
-        for rows in trunk.mask_BS.sum(1).argsort(stable=True).split(micro_batch_size):
-            scores_B[rows] = roles.normalisers[GOLD](roles.scores(trunk.rows(rows), GOLD))
+        for rows in batches(trunk.ids(), micro_batch_size):
+            scores_B[rows] = roles.normalisers[GOLD](roles.scores(roles.folded(trunk.rows(rows)), GOLD))
         found["ppo/gold_score"] = float(processes.place(scores_B, own, len(responses)).mean())
     return found
 
