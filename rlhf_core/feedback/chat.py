@@ -128,7 +128,12 @@ class ChatEndpoint:
         self._backoff = backoff
         self._lock = threading.Lock()
         self._refused: set[str] = set()  # settings that this service does not take
-        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()  # a key read from a file often ends its line
+        if not (self._key.isascii() and self._key.isprintable()):  # the error of a header that cannot be would show it
+            raise ConfigError(
+                f"{KEY_VARIABLE} holds a character that no key has, such as a line end or one beyond ASCII. Set it to "
+                "the key alone."
+            )
         parts = urlsplit(config.url)
         if self._key and parts.scheme == "http" and parts.hostname not in LOOPBACK:
             raise ConfigError(

@@ -396,6 +396,24 @@ def test_the_key_is_in_no_message_and_on_no_disk(
     assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "state").iterdir())
 
 
+@pytest.mark.parametrize("end", ["\r", "\n", " \r\n"])
+def test_a_line_end_behind_the_key_is_no_part_of_it(
+    service: Service, judge: Callable[..., EndpointComparer], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("RLHF_JUDGE_KEY", f"sk-very-secret{end}")
+    assert None not in judge().compare(LOOKS[:1])
+    assert service.headers[0]["Authorization"] == "Bearer sk-very-secret"
+
+
+@pytest.mark.parametrize("key", ["sk-very\nsecret", "sk-very-secret…", "sk-very\tsecret"])
+def test_a_key_that_no_request_can_carry_is_named_and_not_shown(judge: Any, monkeypatch: Any, key: str) -> None:
+    monkeypatch.setenv("RLHF_JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="RLHF_JUDGE_KEY holds") as error:
+        judge()
+    assert "sk-very" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
 def test_a_key_is_not_sent_over_an_open_network(judge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_JUDGE_KEY", "sk-secret")
     with pytest.raises(ConfigError, match="would go over the network unencrypted"):
