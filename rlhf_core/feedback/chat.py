@@ -135,7 +135,8 @@ class ChatEndpoint:
                 "the key alone."
             )
         parts = urlsplit(config.url)
-        if self._key and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        self._is_here = parts.hostname in LOOPBACK
+        if self._key and parts.scheme == "http" and not self._is_here:
             raise ConfigError(
                 f"judge.url is {config.url}: {KEY_VARIABLE} would go over the network unencrypted. "
                 f"Use https, or unset {KEY_VARIABLE}."
@@ -147,7 +148,13 @@ class ChatEndpoint:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         limits = httpx.Limits(max_connections=self.config.concurrency)
-        self._client = httpx.Client(headers=headers, timeout=self.config.timeout, limits=limits, follow_redirects=False)
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=self.config.timeout,
+            limits=limits,
+            follow_redirects=False,
+            trust_env=not self._is_here,  # a proxy would be sent the key and all questions in clear
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -421,6 +421,23 @@ def test_a_key_is_not_sent_over_an_open_network(judge: Any, monkeypatch: pytest.
     judge(url="https://judge.example/v1")
 
 
+def test_what_is_for_this_machine_goes_through_no_proxy(
+    service: Service, judge: Callable[..., EndpointComparer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = Service()
+    try:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        judge().compare(LOOKS[:1])
+        assert (len(service.requests), len(proxy.requests)) == (1, 0)
+        judge(url="http://judge.example/v1").compare(LOOKS[:1])
+        assert (len(service.requests), len(proxy.requests)) == (1, 1)
+    finally:
+        proxy.close()
+
+
 # ---- question and answer
 
 
