@@ -440,11 +440,16 @@ class Judge(Section):
             if self.url:
                 raise ValueError(f"url {self.url} is for kind endpoint; kind {self.kind} asks no server")
             return self
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url {self.url!r} is no address; expected one such as http://127.0.0.1:8080/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
+        authority = self.url.partition("//")[2].partition("/")[0]
+        if "@" in authority or "?" in self.url or "#" in self.url:  # first, since a key there would be shown below
             raise ValueError("url holds more than an address; keys belong into the variable RLHF_JUDGE_KEY alone")
+        try:
+            parts = urlsplit(self.url)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # reads the port
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"url {self.url!r} is no address; expected one such as http://127.0.0.1:8080/v1")
         return self
 
 

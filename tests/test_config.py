@@ -336,6 +336,10 @@ def test_the_error_is_also_the_builtin_that_a_caller_would_catch(raw: dict[str, 
         ("", "url '' is no address"),
         ("127.0.0.1:8080", "is no address"),
         ("ftp://127.0.0.1/v1", "is no address"),
+        ("http://127.0.0.1:80a/v1", "url 'http://127.0.0.1:80a/v1' is no address"),
+        ("http://127.0.0.1:99999/v1", "is no address"),
+        ("http://[::1/v1", "is no address"),
+        ("https://me:sk-secret@judge.example:80a/v1", "keys belong into the variable RLHF_JUDGE_KEY alone"),
         ("https://me:sk-secret@judge.example/v1", "keys belong into the variable RLHF_JUDGE_KEY alone"),
         ("https://judge.example/v1?key=sk-secret", "keys belong into the variable RLHF_JUDGE_KEY alone"),
     ],
@@ -345,7 +349,8 @@ def test_an_endpoint_has_an_address_and_no_key(raw: dict[str, Any], url: str, wh
         check_params(changed(raw, "judge", kind="endpoint", url=url))
     assert why in str(error.value)
     assert "sk-secret" not in str(error.value)
-    assert check_params(changed(raw, "judge", kind="endpoint", url="http://127.0.0.1:8080/v1")).judge.axes == ()
+    for url in ("http://127.0.0.1:8080/v1", "https://judge.example/@group/v1"):
+        assert check_params(changed(raw, "judge", kind="endpoint", url=url)).judge.axes == ()
 
 
 def test_an_address_without_an_endpoint_is_a_mistake(raw: dict[str, Any]) -> None:

@@ -134,6 +134,10 @@ class ChatEndpoint:
                 f"{KEY_VARIABLE} holds a character that no key has, such as a line end or one beyond ASCII. Set it to "
                 "the key alone."
             )
+        try:
+            httpx.URL(config.url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"judge.url {config.url} cannot be asked: {error}") from error
         parts = urlsplit(config.url)
         self._is_here = parts.hostname in LOOPBACK
         if self._key and parts.scheme == "http" and not self._is_here:

@@ -309,6 +309,11 @@ def test_a_server_that_is_not_there_is_named(judge: Callable[..., EndpointCompar
         judge(url="http://127.0.0.1:1/v1", retries=0).compare(LOOKS)
 
 
+def test_an_address_that_cannot_be_asked_is_named(judge: Callable[..., EndpointComparer]) -> None:
+    with pytest.raises(ConfigError, match=r"judge.url http://1.2.3.400/v1 cannot be asked: Invalid IPv4 address"):
+        judge(url="http://1.2.3.400/v1")
+
+
 def test_where_a_redirect_leads_is_told_and_not_followed(
     service: Service, judge: Callable[..., EndpointComparer]
 ) -> None:
