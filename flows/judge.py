@@ -41,6 +41,8 @@ def judge_check(
     - `rlhf judge-check hh.jsonl --pairs 500`
     """
     root = find_root()
+    if file and not file.startswith("hub:"):
+        file = str(Path.cwd() / file)
     memory = record_folder(root) / "judge.db"
     from flows.recipe import workspace_of
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from flows import cli
 from flows.judge import table
-from rlhf_core.errors import DataError, JudgeRefused, MissingArtifact
+from rlhf_core.errors import ConfigError, DataError, JudgeRefused, MissingArtifact
 from rlhf_core.feedback.quality import Quality
 from rlhf_core.statistics import Interval
 
@@ -89,6 +89,21 @@ def test_a_judge_below_the_bar_is_refused_and_told_why(project: Path) -> None:
 def test_other_data_and_fewer_pairs(project: Path) -> None:
     shown = check("hh.jsonl", "--pairs", "10", *setting(kind="rule", model="longest"))
     assert "longest on 10 pairs of 10 prompts" in shown
+
+
+def test_a_file_is_taken_from_where_the_user_stands(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = setting(kind="rule", model="longest", bar=0)
+    workspace = project / ".rlhf" / "tiny"
+    workspace.mkdir(parents=True)
+    (workspace / "params.yaml").write_bytes((project / "params.yaml").read_bytes())
+    assert "on 25 pairs" in check("hh.jsonl", "--recipe", "tiny", *longest)
+    (project / "mine").mkdir()
+    monkeypatch.chdir(project / "mine")
+    (project / "hh.jsonl").rename("mine.jsonl")
+    assert "on 25 pairs" in check("mine.jsonl", *longest)
+    monkeypatch.chdir(project / "mine")
+    with pytest.raises(ConfigError, match="hub:a/b names no revision"):
+        check("hub:a/b", *longest)
 
 
 def test_a_bad_row_is_named_with_its_line(project: Path) -> None:
