@@ -304,14 +304,17 @@ def sweep(
         list[str] | None,
         typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Begin with another value of params.yaml."),
     ] = None,
+    drop: Annotated[
+        str, typer.Option(metavar="POINT,…", help="Go on without these points, such as: weight-0.25,limit--0.3")
+    ] = "",
 ) -> None:
     """Run the pipeline at several weights or limits of two axes, and draw one Pareto frontier.
 
-    Each point is a run in a workspace of its own and in MLflow. A sweep that was stopped goes on when it is started
-    again; points that are done are Cached, and new weights or limits come on top.
+    Each point is a run in a workspace of its own and in MLflow. A sweep that was stopped, or that had points which
+    failed, goes on when it is started again; points that are done are Cached, and new weights or limits come on top.
 
     - `rlhf sweep safety --axes helpfulness,harmlessness --weights 0,0.25,0.5,0.75,1 --limits=-0.3`
-    - `rlhf sweep safety --limits=-0.6` adds a point
+    - `rlhf sweep safety --limits=-0.6` adds a point, and `rlhf sweep safety --drop limit--0.6` takes it out again
     """
     project = find_root()
     if missing := preflight.problems(str(project), light=bool(recipe)):
@@ -326,8 +329,8 @@ def sweep(
     from flows.frontier import sweep as run_sweep
 
     run_sweep(
-        name=name, axes=[axis.strip() for axis in axes.split(",") if axis.strip()], weights=shares,
-        limits=limited, recipe=recipe, overrides=overrides or [],
+        name=name, axes=_words(axes), weights=shares, limits=limited, recipe=recipe, overrides=overrides or [],
+        drop=_words(drop),
     )  # fmt: skip
 
 
@@ -420,6 +423,10 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
         _usage(f"Found {option} {text}, expected numbers with commas between them, such as 0,0.5,1.")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _check_stage(name: str) -> None:

@@ -88,10 +88,14 @@ def open_sweep(
     limits: Sequence[float] = (),
     recipe: str | None = None,
     overrides: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> Sweep:
     """Bring a sweep's shared workspace up to date with the project's code, or make one; new points come on top.
 
     Its parameters are the project's of the day it began, so that its points can be compared.
+
+    Args:
+        drop: names of points that it has no more.
 
     Raises:
         ConfigError: the name or the axes are none, there are no points, a value is impossible, or what it began with is
@@ -101,7 +105,7 @@ def open_sweep(
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"Found a sweep named {name!r}, expected letters, digits, - and _.")
     folder = project / ".rlhf" / name
-    state, asked = folder / "sweep.json", (axes, weights, limits, recipe, overrides)
+    state, asked = folder / "sweep.json", (axes, weights, limits, recipe, overrides, drop)
     known, points = _agreed(folder, *asked)
     values = _values(folder) if state.is_file() else _first_values(known, project)
     for point in points:
@@ -125,6 +129,7 @@ def _agreed(
     limits: Sequence[float],
     recipe: str | None,
     overrides: Sequence[str],
+    drop: Sequence[str],
 ) -> tuple[dict[str, Any], list[Point]]:
     """What a sweep has and what is asked for in one, and all its points; raises as `open_sweep` does."""
     name, state, wanted = folder.name, folder / "sweep.json", {"recipe": recipe, "overrides": list(overrides)}
@@ -148,6 +153,12 @@ def _agreed(
     known |= {"weights": sorted({*known["weights"], *weights}), "limits": sorted({*known["limits"], *limits})}
     first, second = known["axes"]
     points = points_of((first, second), known["weights"], known["limits"])
+    names = [point.name for point in points]
+    if missing := [one for one in drop if one not in names]:
+        raise ConfigError(f"Sweep {name} has no point {', '.join(missing)}; found {', '.join(names)}.")
+    points = [point for point in points if point.name not in drop]
+    known["weights"] = [point.weight for point in points if point.weight is not None]
+    known["limits"] = [point.limit for point in points if point.limit is not None]
     if not points:
         raise ConfigError("Found no points, expected some, such as: --weights 0,0.5,1 or --limits=-0.3")
     return known, points

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,12 @@ from mlflow import MlflowClient
 from toy import PROJECT
 from typer.testing import CliRunner
 
-from flows import sweeps
+from flows import frontier, sweeps
 from flows.cli import app
 from flows.sweeps import Point, Sweep, as_table, begin_point, open_sweep, points_of, reached, write_frontier
 from rlhf_core.config import load_params
-from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
-from tasks.pipeline import STAGES, workspace_lock
+from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError
+from tasks.pipeline import STAGES, StageFailed, workspace_lock
 from tasks.stage import write_text
 
 AXES = ("helpfulness", "harmlessness")
@@ -182,6 +185,86 @@ def test_what_was_evaluated_so_far_is_drawn(project: Path) -> None:
     assert float(rows[1]["gold_helpfulness_low"]) == pytest.approx(0.9, rel=1e-12)
     assert "limit--0.3 ends above its limit" in sweep.page.read_text()
     assert "| ★ | weight-0.25 | 1.00 (0.90 to 1.10) | 0.20 (0.10 to 0.30) | 3.0 |" in as_table(points, AXES)
+
+
+def test_a_point_is_dropped_by_its_name(project: Path) -> None:
+    first = begin(project)
+    folder = begin_point(first, first.points[1], project=project)
+    with pytest.raises(ConfigError, match=r"has no point weight-1\.5; found weight-0\.25, weight-1, limit--0\.3"):
+        open_sweep("try", project=project, drop=["weight-1.5"])
+    with pytest.raises(ConfigError, match="Found no points"):
+        open_sweep("try", project=project, drop=[point.name for point in first.points])
+    left = open_sweep("try", project=project, weights=[0.5], drop=["weight-1"])
+    assert [point.name for point in left.points] == ["weight-0.25", "weight-0.5", "limit--0.3"]
+    assert open_sweep("try", project=project).points == left.points
+    assert folder.is_dir()
+
+
+@pytest.fixture
+def flow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The flow's steps without Prefect, MLflow and DVC; what it recorded, and how each of its MLflow runs ended."""
+    seen: dict[str, Any] = {"ended": {}, "artifacts": []}
+
+    @contextmanager
+    def pipeline_run(name: str, *_: Any, **__: Any) -> Iterator[str]:
+        seen["ended"][name] = "failed"
+        yield name
+        seen["ended"][name] = "finished"
+
+    monkeypatch.setattr(frontier, "pipeline_run", pipeline_run)
+    monkeypatch.setattr(frontier, "get_run_logger", lambda: logging.getLogger("sweep"))
+    monkeypatch.setattr(frontier, "save_experiment", lambda *_, **__: None)
+    monkeypatch.setattr(frontier, "write_artifact", lambda run, name, text: seen["artifacts"].append(name))
+    monkeypatch.setattr(frontier, "create_markdown_artifact", lambda text, **_: seen["artifacts"].append("table"))
+    return seen
+
+
+def test_a_point_that_fails_stops_no_other(
+    project: Path, flow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, begun = begin(project), []
+
+    def stages(names: Sequence[str], name: str, parent: str, retries: int) -> list[str]:
+        begun.append(name)
+        if name == "weight-0.25":
+            raise StageFailed("ppo", 1, "a loss is not a number")
+        if name != "shared":
+            evaluated(Path.cwd(), 1.0, 0.2)
+        return []
+
+    monkeypatch.setattr(frontier, "_stages", stages)
+    with pytest.raises(RLHFError) as error:
+        frontier._run(sweep, project, 0)
+    assert str(error.value) == (
+        "1 of 3 points failed; the frontier is of the others.\n"
+        "- weight-0.25: Stage ppo failed: a loss is not a number\n"
+        "`rlhf sweep try` takes them up again; with `--drop weight-0.25` it goes on without them."
+    )
+    assert begun == ["shared", "weight-0.25", "weight-1", "limit--0.3"]
+    assert flow == {
+        "ended": {
+            "try": "failed",
+            "try-weight-0.25": "failed",
+            "try-weight-1": "finished",
+            "try-limit--0.3": "finished",
+        },
+        "artifacts": ["frontier.html", "frontier.csv", "table"],
+    }
+    assert [point.name for point in reached(sweep)] == ["SFT", "weight-1", "limit--0.3"]
+
+
+def test_where_every_point_fails_each_is_named(
+    project: Path, flow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stages(names: Sequence[str], name: str, parent: str, retries: int) -> list[str]:
+        if name != "shared":
+            raise StageFailed("ppo", 1, "no")
+        return []
+
+    monkeypatch.setattr(frontier, "_stages", stages)
+    with pytest.raises(RLHFError, match=r"^3 of 3 points failed\.\n- weight-0.25: .*(\n.*)*takes them up again\.$"):
+        frontier._run(begin(project), project, 0)
+    assert flow["artifacts"] == []
 
 
 def test_a_points_words_fit_its_settings() -> None:
