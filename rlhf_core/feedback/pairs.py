@@ -72,10 +72,13 @@ class Verdict(NamedTuple):
 
     @property
     def probability(self) -> float:
-        """That i is better, averaged over the answered orders; ½ where none was (Lee et al. 2023, §2.1)."""
-        found = [self.forward.first] if self.forward is not None else []
-        found += [1 - self.backward.first] if self.backward is not None else []
-        return sum(found) / len(found) if found else 0.5
+        """That i is better, averaged over both orders (Lee et al. 2023, §2.1); ½ where an answer is missing.
+
+        One order alone would bring back the judge's lean to a place, which the other order takes out.
+        """
+        if self.forward is None or self.backward is None:
+            return 0.5
+        return (self.forward.first + (1 - self.backward.first)) / 2
 
 
 class PairwiseJudge:

@@ -81,8 +81,8 @@ def advantages(judge: Annotator, items: Sequence[Item]) -> list[float]:
     """By how much the first response of each item is better than the second; 0 for equal ones.
 
     A judge that compares: 2p − 1, with p the probability over both orders that the first is better, so from −1 to 1,
-    and 0 where it gave no valid answer. A reward model: the difference of the scores, in its standard deviations.
-    A rule, which says no more than which is better: 1 or −1.
+    and 0 where either order got no valid answer. A reward model: the difference of the scores, in its standard
+    deviations. A rule, which says no more than which is better: 1 or −1.
     """
     if isinstance(judge, PairwiseJudge):
         return [2 * of_item[0].probability - 1 for of_item in judge.verdicts(items)]

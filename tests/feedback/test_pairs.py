@@ -45,8 +45,8 @@ def consistent(**strength: float) -> dict[tuple[str, str], Opinion | None]:
         (Opinion(0.9), Opinion(0.6), 0.5, True, 0.65),  # whoever stands first
         (Opinion(0.5), Opinion(0.5), 0.5, False, 0.5),  # an agreed tie
         (Opinion(0.5), Opinion(0.2), 0.5, True, 0.65),  # a tie against a choice
-        (None, Opinion(0.2), 0.5, False, 0.8),
-        (Opinion(0.9), None, 0.5, False, 0.9),
+        (None, Opinion(0.2), 0.5, False, 0.5),  # one order alone says nothing
+        (Opinion(0.9), None, 0.5, False, 0.5),
         (None, None, 0.5, False, 0.5),
     ],
 )

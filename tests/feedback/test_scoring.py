@@ -47,11 +47,13 @@ def test_a_comparison_is_worth_its_probability_over_both_orders() -> None:
     # Leans to what stands first: 0.9 there and 0.7 there, so the first response has (0.9 + 0.3) / 2 = 0.6.
     judge = PairwiseJudge(Says({("a", "b"): 0.9, ("b", "a"): 0.7, ("c", "d"): 0.8, ("d", "c"): None}))
     items = [Item(PROMPT, pair) for pair in (("a", "b"), ("b", "a"), ("e", "e"), ("c", "d"))]
-    assert advantages(judge, items) == pytest.approx([0.2, -0.2, 0.0, 0.6])
+    assert advantages(judge, items) == pytest.approx([0.2, -0.2, 0.0, 0.0])
 
 
-def test_a_pair_without_any_answer_is_worth_nothing() -> None:
-    assert advantages(PairwiseJudge(Says({("a", "b"): None, ("b", "a"): None})), [Item(PROMPT, ("a", "b"))]) == [0.0]
+@pytest.mark.parametrize(("forward", "backward"), [(None, None), (0.9, None), (None, 0.1)])
+def test_a_pair_that_lacks_an_answer_is_worth_nothing(forward: float | None, backward: float | None) -> None:
+    judge = PairwiseJudge(Says({("a", "b"): forward, ("b", "a"): backward}))
+    assert advantages(judge, [Item(PROMPT, ("a", "b"))]) == [0.0]
 
 
 def test_a_rule_says_which_is_better_and_no_more() -> None:
