@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_core.errors import JudgeRefused
-from tasks.environment import record_folder
+from tasks.environment import how_to_set, record_folder
 from tasks.pipeline import apply_overrides, find_root
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def judge_check(
     counts = getattr(judge, "counts", dict)()
     typer.echo(table(judge.name, quality, cost=counts.get("cost")))
     if quality.agreement.low < config.bar:
-        raise JudgeRefused(refusal(judge.name, quality, config.bar))
+        raise JudgeRefused(refusal(judge.name, quality, config.bar, how_to_set("judge", "bar", "0")))
     typer.echo(f"It may judge: the lower end of its agreement reaches judge.bar, {config.bar:.1%}.")
 
 

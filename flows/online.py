@@ -45,7 +45,7 @@ from flows.waiting import StoppedByHand
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, RLHFError
 from rlhf_core.feedback.annotators import Annotator, Item, Judgement, rule
-from tasks.environment import project_of, record_folder
+from tasks.environment import how_to_set, project_of, record_folder
 from tasks.files import write_jsonl
 from tasks.pipeline import find_root, version_data, workspace_lock
 from tasks.stage import check_disk, write_json
@@ -176,7 +176,10 @@ def open_annotator(name: str, number: int, params: Params) -> Annotator:
     from rlhf_core.feedback.judges import admit, open_judge
 
     judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db")
-    admit(judge, load_prepared(Path("data/prepared"), "rankings", ["test"]), params.judge)
+    if params.judge.bar > 0:
+        known = load_prepared(Path("data/prepared"), "rankings", ["test"])
+        found = admit(judge, known, params.judge, anyway=how_to_set("judge", "bar", "0")).agreement
+        print(f"judge    {judge.name} agrees with {found.mean:.1%} of known answers", flush=True)
     return judge
 
 

@@ -79,3 +79,12 @@ def project_of(root: Path) -> Path:
 def record_folder(root: Path | None = None) -> Path:
     """Where the databases of MLflow and Prefect lie; a recipe's runs stand beside the project's, whoever began them."""
     return project_of(root or project_root()) / ".rlhf"
+
+
+def how_to_set(section: str, key: str, value: str) -> str:
+    """What gives a key of params.yaml another value in the workspace at hand, for messages."""
+    root = workspace_root()
+    recipe = recipe_workspace(root)
+    if (root / "campaign.yaml").is_file():  # of rounds or a constitution, which go on with what they began with
+        return f"set `{key}: {value}` in section {section} of params.yaml and campaign.yaml in .rlhf/{root.name}"
+    return f"`rlhf run{f' --recipe {recipe[1]}' if recipe else ''} -S {section}.{key}={value}`"

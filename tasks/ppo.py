@@ -12,7 +12,7 @@ from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.ppo import POLICY, VALUE, Score, add_roles, train_ppo
 from rlhf_core.records import Prompt
 from rlhf_core.watch import GOLD
-from tasks.environment import record_folder
+from tasks.environment import how_to_set, record_folder
 from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
 from tasks.reward import FOLDERS as REWARD_FOLDERS
@@ -80,7 +80,8 @@ def judge_score(
     if run.main:
         judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db")
         if params.judge.bar > 0:
-            found = admit(judge, load_prepared(PREPARED, "rankings", ["test"]), params.judge).agreement
+            known = load_prepared(PREPARED, "rankings", ["test"])
+            found = admit(judge, known, params.judge, anyway=how_to_set("judge", "bar", "0")).agreement
             print(f"ppo      the judge {judge.name} agrees with {found.mean:.1%} of known answers", flush=True)
     by_ids = {tuple(ids): record.prompt for ids, record in zip(prompts, records, strict=True)}
     tokens = params.ppo.response_tokens

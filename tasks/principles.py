@@ -13,7 +13,7 @@ from rlhf_core.feedback.judges import admit, open_judge
 from rlhf_core.feedback.local import LabelComparer
 from rlhf_core.feedback.pairs import PairwiseJudge
 from tasks.constitution import safety_prompts, speaker
-from tasks.environment import record_folder
+from tasks.environment import how_to_set, record_folder
 from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
 from tasks.sft import MODEL as SFT_MODEL
@@ -85,7 +85,8 @@ def _open_annotator(run: StageRun) -> Annotator:
     if params.judge.bar > 0:
         from rlhf_core.data import load_prepared
 
-        admit(judge, load_prepared(PREPARED, "rankings", ["test"]), params.judge)
+        known = load_prepared(PREPARED, "rankings", ["test"])
+        admit(judge, known, params.judge, anyway=how_to_set("judge", "bar", "0"))
     return judge
 
 

@@ -11,6 +11,8 @@ from rlhf_core.feedback.quality import Quality, check_judge
 from rlhf_core.records import Ranking
 from rlhf_core.tracking import Tracker
 
+ANYWAY = "`rlhf run -S judge.bar=0`"
+
 
 def open_judge(
     config: Judge, prepare: Prepare, *, memory: str | Path, tracker: Tracker | None = None, backoff: float = 1.0
@@ -42,10 +44,13 @@ def open_judge(
     )
 
 
-def admit(judge: Annotator, rankings: Sequence[Ranking], config: Judge) -> Quality:
+def admit(judge: Annotator, rankings: Sequence[Ranking], config: Judge, *, anyway: str = ANYWAY) -> Quality:
     """Measure a judge on rankings whose answer is known, and turn it away if it does not reach the bar.
 
     What an endpoint says here is kept, so that measuring it a second time costs nothing.
+
+    Args:
+        anyway: what takes it all the same, for the message.
 
     Raises:
         JudgeRefused: the lower end of its agreement is below `judge.bar`.
@@ -53,15 +58,15 @@ def admit(judge: Annotator, rankings: Sequence[Ranking], config: Judge) -> Quali
     """
     quality = check_judge(judge, rankings, pairs=config.check_pairs, seed=config.seed)
     if quality.agreement.low < config.bar:
-        raise JudgeRefused(refusal(judge.name, quality, config.bar))
+        raise JudgeRefused(refusal(judge.name, quality, config.bar, anyway))
     return quality
 
 
-def refusal(name: str, quality: Quality, bar: float) -> str:
+def refusal(name: str, quality: Quality, bar: float, anyway: str = ANYWAY) -> str:
     """Why a judge is turned away, and what can be done."""
     found = quality.agreement
     return (
         f"The judge {name} agrees with {found.mean:.1%} of {quality.pairs} known answers (95 % interval "
         f"{found.low:.1%} to {found.high:.1%}); expected a lower end of {bar:.1%} (judge.bar). "
-        "Take a better judge, or take this one all the same: `rlhf run -S judge.bar=0`."
+        f"Take a better judge, or take this one all the same: {anyway}."
     )
