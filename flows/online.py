@@ -49,7 +49,7 @@ from tasks.environment import how_to_set, project_of, record_folder
 from tasks.files import write_jsonl
 from tasks.pipeline import find_root, version_data, workspace_lock
 from tasks.stage import check_disk, write_json
-from tasks.tracking import pipeline_run, write_summary
+from tasks.tracking import pipeline_run, write_metrics, write_summary
 
 PEOPLE, JUDGE = "people", "judge"
 
@@ -128,7 +128,7 @@ def _run_round(campaign: Campaign, annotator: str, waiting: Waiting, retries: in
         else:
             _check_kinds(campaign)
             run(SAMPLING)
-            judged = _judge(campaign, number, annotator, waiting)
+            judged = _judge(campaign, number, annotator, waiting, parent)
             version_data(FEEDBACK, root=campaign.folder)
             run(*LEARNING)
             _compare(campaign, number, waiting)
@@ -174,8 +174,11 @@ def open_annotator(name: str, number: int, params: Params) -> Annotator:
         return rule(name.removeprefix("rule:"), seed=number)
     from rlhf_core.data import load_prepared
     from rlhf_core.feedback.judges import admit, open_judge
+    from tasks.progress import ProgressTracker
 
-    judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db")
+    judge = open_judge(
+        params.judge, params.prepare, memory=record_folder() / "judge.db", tracker=ProgressTracker("judge")
+    )
     if params.judge.bar > 0:
         known = load_prepared(Path("data/prepared"), "rankings", ["test"])
         found = admit(judge, known, params.judge, anyway=how_to_set("judge", "bar", "0")).agreement
@@ -183,17 +186,23 @@ def open_annotator(name: str, number: int, params: Params) -> Annotator:
     return judge
 
 
-def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) -> int:
-    """Have the round's items judged, once; returns how many rankings came of it."""
+def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting, parent: str) -> int:
+    """Have the round's items judged, once; returns how many rankings came of it.
+
+    Args:
+        parent: the round's MLflow run, which gets what a model that judges counted.
+    """
     file = campaign.feedback_file(number)
     if not file.is_file():
         rows = read_rows(campaign.folder / ITEMS)
         if annotator == PEOPLE:
             found = _ask(campaign, number, rows, waiting)
         else:
-            found = judge.with_options(task_run_name=f"{number} judge")(
+            found, counts = judge.with_options(task_run_name=f"{number} judge")(
                 annotator, number, rows, load_round_params(campaign)
             )
+            if counts:
+                write_metrics(parent, counts)
         if not found:
             again = "The same command asks people again. " if annotator == PEOPLE else ""
             raise ConfigError(
@@ -204,9 +213,13 @@ def _judge(campaign: Campaign, number: int, annotator: str, waiting: Waiting) ->
     return len(read_rows(file))
 
 
-@task(name="judge", cache_policy=NO_CACHE, persist_result=False)
-def judge(name: str, number: int, rows: Sequence[dict[str, Any]], params: Params) -> list[dict[str, Any]]:
-    """Rankings by a rule or a model; those of nothing but ties are left out, since they teach nothing."""
+@task(name="judge", cache_policy=NO_CACHE, persist_result=False, log_prints=True)  # its progress line goes to the log
+def judge(
+    name: str, number: int, rows: Sequence[dict[str, Any]], params: Params
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rankings by a rule or a model, and what it counted as metrics; rankings of nothing but ties teach nothing."""
+    from rlhf_core.feedback.judges import counts_of
+
     annotator = open_annotator(name, number, params)
     items = [
         Item(tuple((turn["role"], turn["content"]) for turn in row["prompt"]), tuple(row["responses"])) for row in rows
@@ -216,7 +229,7 @@ def judge(name: str, number: int, rows: Sequence[dict[str, Any]], params: Params
         if len(set(said.ranks)) > 1:
             found.append({**row, **as_ranking(said, annotator)})
     get_run_logger().info(f"{annotator.name} ranked the answers to {len(found)} of {len(rows)} prompts")
-    return found
+    return found, counts_of(annotator)
 
 
 def as_ranking(said: Judgement, annotator: Annotator) -> dict[str, Any]:

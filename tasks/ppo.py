@@ -8,13 +8,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.ensemble import load_ensemble
+from rlhf_core.feedback.judges import admit, counts_of, open_judge
+from rlhf_core.feedback.scoring import JudgeScore
 from rlhf_core.models import Roles, load_tokenizer
-from rlhf_core.ppo import POLICY, VALUE, Score, add_roles, train_ppo
+from rlhf_core.ppo import POLICY, VALUE, add_roles, train_ppo
 from rlhf_core.records import Prompt
 from rlhf_core.watch import GOLD
 from tasks.environment import how_to_set, record_folder
 from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
+from tasks.progress import ProgressTracker
 from tasks.reward import FOLDERS as REWARD_FOLDERS
 from tasks.sft import MODEL as SFT_MODEL
 from tasks.stage import StageRun, require_watched, stage_run
@@ -52,6 +55,8 @@ def main() -> None:
             roles.save(POLICY, POLICY_FOLDER)
             roles.save(VALUE, VALUE_FOLDER)
             write_jsonl(SAMPLES, shown)
+        if score is not None and score.judge is not None and (counts := counts_of(score.judge)):
+            run.metrics(counts, step=config.updates)
         run.finish_metrics(final)
         run.register_model("policy", POLICY_FOLDER, final)
 
@@ -62,7 +67,7 @@ def judge_score(
     records: Sequence[Prompt],
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-) -> Score:
+) -> JudgeScore:
     """The judge of section judge in the reward model's place, once it has shown that it judges well enough.
 
     Args:
@@ -71,14 +76,13 @@ def judge_score(
     Raises:
         RLHFError: there is no such judge, DVC would not see its weights change, or it misses the bar.
     """
-    from rlhf_core.feedback.judges import admit, open_judge
-    from rlhf_core.feedback.scoring import JudgeScore
-
     params, judge = run.params, None
     if params.judge.kind in ("local", "reward"):
         require_watched(run, "judge.model", params.judge.model)
     if run.main:
-        judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db")
+        judge = open_judge(
+            params.judge, params.prepare, memory=record_folder() / "judge.db", tracker=ProgressTracker("judge")
+        )
         if params.judge.bar > 0:
             known = load_prepared(PREPARED, "rankings", ["test"])
             found = admit(judge, known, params.judge, anyway=how_to_set("judge", "bar", "0")).agreement

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_core.constitution import draw_principle, load_principles, messages
 from rlhf_core.critics import ScriptedAnnotator
 from rlhf_core.feedback.annotators import Annotator, Item
-from rlhf_core.feedback.judges import admit, open_judge
+from rlhf_core.feedback.judges import admit, counts_of, open_judge
 from rlhf_core.feedback.local import LabelComparer
 from rlhf_core.feedback.pairs import PairwiseJudge
 from tasks.constitution import safety_prompts, speaker
@@ -59,6 +59,8 @@ def main() -> None:
                 f"principles  all {len(items)} comparisons by {annotator.name} are ties and teach nothing", flush=True
             )
         write_jsonl(RANKINGS, rows)
+        if counts := counts_of(annotator):
+            run.metrics(counts, step=0)
         run.finish_metrics(
             {
                 "items": len(items),

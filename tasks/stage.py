@@ -44,7 +44,9 @@ ENDED = "ended"  # in a folder of checkpoints: the journal of the run that ended
 IN_USE = "lock"  # in a folder of checkpoints: held by the process that writes there
 KEPT_CONFIGURATIONS = 2  # of a stage, whose checkpoints wait beside the present one's
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-TIMINGS = ("_per_second", "_seconds", "/seconds")  # differ from run to run, so they stay out of files that DVC tracks
+# These differ from run to run, so they stay out of files that DVC tracks.
+TIMINGS = ("_per_second", "_seconds", "/seconds")
+JUDGE = "judge/"  # an endpoint that is asked again remembers
 
 
 class Killed(BaseException):
@@ -99,12 +101,19 @@ class History:
         return sorted(taken.items())
 
     def csv(self) -> str:
-        """All steps as CSV; columns sorted, numbers exact, no timings."""
-        names = sorted({name for row in self.steps.values() for name in row if not name.endswith(TIMINGS)})
+        """All steps as CSV; columns sorted, numbers exact, nothing that differs from run to run."""
+        names = sorted(
+            {
+                name
+                for row in self.steps.values()
+                for name in row
+                if not name.endswith(TIMINGS) and not name.startswith(JUDGE)
+            }
+        )
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *names])
-        for step in sorted(self.steps):
+        for step in sorted(step for step, row in self.steps.items() if any(not name.startswith(JUDGE) for name in row)):
             writer.writerow([step, *(repr(self.steps[step][n]) if n in self.steps[step] else "" for n in names)])
         return text.getvalue()
 

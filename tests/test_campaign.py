@@ -343,10 +343,10 @@ def test_a_round_in_which_nothing_was_ranked_is_asked_about_again(
     write_jsonl(campaign.folder / campaigns.ITEMS, [ITEM])
     waiting = online.Waiting(database=str(tmp_path / "feedback.db"), address="http://judge.example")
     with pytest.raises(ConfigError, match=r"ranks anything.*The same command asks people again"):
-        online._judge(campaign, 1, "people", waiting)
+        online._judge(campaign, 1, "people", waiting, "")
     with pytest.raises(ConfigError, match="Nobody has judged anything"):
-        online._judge(campaign, 1, "people", waiting)
-    assert online._judge(campaign, 1, "people", waiting) == 1
+        online._judge(campaign, 1, "people", waiting, "")
+    assert online._judge(campaign, 1, "people", waiting, "") == 1
     assert deadlines == sorted(set(deadlines))  # each time the hours begin anew
 
 
@@ -432,7 +432,7 @@ def test_what_was_judged_after_its_round_had_ended_is_taken_into_the_next_one_on
         begin_round(campaign)
         prompt = [{"role": "user", "content": f"Question {number}?"}]
         write_jsonl(campaign.folder / campaigns.ITEMS, [{**ITEM, "prompt": prompt}])
-        online._judge(campaign, number, "people", waiting)
+        online._judge(campaign, number, "people", waiting, "")
         found.append([row["annotator"] for row in campaigns.read_rows(campaign.feedback_file(number))])
         end_round(campaign, number, {"promoted": promoted, "checks": [CHECK], "judged": 1})
         if number == 1:

@@ -100,7 +100,11 @@ def curves_in(source: str) -> set[str]:
 def logged_curves() -> set[str]:
     files = [PROJECT / "rlhf_core" / f"{stage}.py" for stage in STAGES[1:]] + sorted((PROJECT / "tasks").glob("*.py"))
     files.append(PROJECT / "rlhf_core" / "watch.py")
-    return set().union(*(curves_in(read(path)) for path in files))
+    (counted,), (taken,) = (
+        words("rlhf_core/feedback/pairs.py", "counts"),
+        words("rlhf_core/feedback/endpoint.py", "costs"),
+    )
+    return below(["judge"], [*counted, *taken]).union(*(curves_in(read(path)) for path in files))
 
 
 def words(file: str, function: str) -> list[list[str]]:

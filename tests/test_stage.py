@@ -279,6 +279,14 @@ def test_a_resumed_stage_writes_the_whole_curve(tmp_path: Path) -> None:
     assert straight.csv().splitlines()[0] == "step,ppo/kl"
 
 
+def test_what_a_judge_counted_is_in_no_file_that_dvc_tracks() -> None:
+    history = History(None)
+    history.add(1, {"ppo/kl": 0.5})
+    before = history.csv()
+    history.add(2, {"judge/pairs": 3.0})
+    assert history.csv() == before
+
+
 def test_a_curve_that_was_complete_before_the_kill_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     killed = History(path)

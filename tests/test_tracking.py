@@ -30,6 +30,7 @@ from tasks.tracking import (
     newest_pipeline_runs,
     start_pipeline_run,
     sync_outbox,
+    write_metrics,
 )
 
 PIPELINE = Parent("key:one", "first", {"rlhf.kind": "pipeline"}, {"ppo.kl_coef": "0.05"})
@@ -309,6 +310,15 @@ def test_a_real_server_takes_the_same(uri: str, tmp_path: Path, monkeypatch: pyt
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_pipeline_run_takes_numbers_that_no_stage_has(uri: str) -> None:
+    parent = start_pipeline_run("round", {"rlhf.flow_run_id": "f1"})
+    for _ in range(2):
+        write_metrics(parent, {"judge/pairs": 12, "judge/cost": 0.25})
+    [run] = runs(uri)["round"]
+    assert run.data.metrics == {"judge/pairs": 12, "judge/cost": 0.25}
+    assert run.info.status == "RUNNING"
 
 
 def test_a_pipeline_run_is_opened_once_and_ended(uri: str) -> None:

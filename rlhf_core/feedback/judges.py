@@ -70,3 +70,10 @@ def refusal(name: str, quality: Quality, bar: float, anyway: str = ANYWAY) -> st
         f"{found.low:.1%} to {found.high:.1%}); expected a lower end of {bar:.1%} (judge.bar). "
         f"Take a better judge, or take this one all the same: {anyway}."
     )
+
+
+def counts_of(judge: Annotator) -> dict[str, float]:
+    """What a judge that compares counted so far, as metrics; nothing of another."""
+    return (
+        {f"judge/{name}": count for name, count in judge.counts().items()} if isinstance(judge, PairwiseJudge) else {}
+    )

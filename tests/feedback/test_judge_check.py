@@ -1,6 +1,7 @@
 """`rlhf judge-check` on the command line."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from service import Service
 from toy import PROJECT
 from typer.testing import CliRunner
 
-from flows import cli
+from flows import cli, online
 from flows.judge import table
 from rlhf_core.errors import ConfigError, DataError, JudgeRefused, MissingArtifact
 from rlhf_core.feedback.quality import Quality
 from rlhf_core.statistics import Interval
+from tasks.pipeline import apply_overrides
 
 # The service takes the answer with more "good" in it, and so do these.
 ROWS = [
@@ -72,6 +74,24 @@ def test_an_endpoint_is_measured_and_costs_nothing_the_second_time(project: Path
     assert "remembered" in check(*options)
     assert len(service.requests) == asked
     assert (project / ".rlhf" / "judge.db").is_file()
+
+
+def test_a_round_tells_what_its_judge_takes_and_counts(
+    project: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(online, "get_run_logger", lambda: logging.getLogger("round"))
+    values = {"kind": "endpoint", "url": service.url, "model": "tiny-judge", "bar": 0, "prompt_price": 1}
+    params = apply_overrides([f"judge.{key}={value}" for key, value in values.items()], root=project, keep=False)
+    prompt = [{"role": "user", "content": "Question?"}]
+    rows = [{"prompt": prompt, "responses": ["good", "bad"]}, {"prompt": prompt, "responses": ["fine", "nice"]}]
+    found, counts = online.judge.fn("judge", 1, rows, params)
+    assert [row["ranks"] for row in found] == [[1, 2]]
+    assert counts == {
+        "judge/pairs": 2, "judge/disagreements": 0, "judge/unanswered": 0, "judge/requests": 4, "judge/retries": 0,
+        "judge/remembered": 0, "judge/cost": pytest.approx(0.004),
+    }  # fmt: skip
+    assert "judge    4/4 looks  100 %" in capsys.readouterr().out
+    assert online.judge.fn("rule:longest", 1, rows, params)[1] == {}
 
 
 def test_params_yaml_stays_as_it_is(project: Path) -> None:
