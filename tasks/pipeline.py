@@ -105,7 +105,11 @@ def run_stage(
     while True:
         try:
             exit_code, lines = _stream(
-                command, cwd=root, env=_child_environment({**(env or {}), PUTS_BACK: "1"}), on_line=on_line
+                command,
+                cwd=root,
+                env=_child_environment({**(env or {}), PUTS_BACK: "1"}),
+                on_line=on_line,
+                grace=grace_of(stage, root),
             )
         except BaseException:  # Ctrl-C, a timeout, a cancelled flow run
             _put_back(stage, root, metrics, last_metrics, on_line)
@@ -125,6 +129,22 @@ def run_stage(
                 f"Wait until that command ends, or end it, then run `rlhf run` again."
             )
         on_line(f"DVC's lock is held by {holder}; trying again")
+
+
+def grace_of(stage: str, root: Path) -> float:
+    """Seconds that a stage has to end by itself: more where an endpoint's answers are under way, which are paid for."""
+    try:
+        params = check_params(_load_yaml(root / PARAMS), source=PARAMS)
+    except (ConfigError, OSError):  # the stage says so itself
+        return TERM_GRACE_SECONDS
+    asks = {
+        "ppo": params.ppo.reward,
+        "constitution": params.constitution.critic,
+        "principles": params.constitution.annotator,
+    }
+    if params.judge.kind == "endpoint" and asks.get(stage) == "judge":
+        return TERM_GRACE_SECONDS + params.judge.timeout
+    return TERM_GRACE_SECONDS
 
 
 def version_data(path: str, *, root: Path) -> None:
@@ -278,7 +298,7 @@ def _child_environment(extra: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _stream(
-    command: list[str], *, cwd: Path, env: Mapping[str, str], on_line: Callable[[str], None]
+    command: list[str], *, cwd: Path, env: Mapping[str, str], on_line: Callable[[str], None], grace: float
 ) -> tuple[int, list[str]]:
     """Run a command in its own process group, pass on its lines, and leave none of the group behind."""
     lines: list[str] = []
@@ -294,7 +314,7 @@ def _stream(
                 on_line(line)
         return process.wait(), lines
     finally:  # also on KeyboardInterrupt, a task's timeout, and the SIGTERM by which a flow run is cancelled
-        _end_group(process)
+        _end_group(process, grace)
         process.stdout.close()
 
 
@@ -314,10 +334,10 @@ def _lines(descriptor: int) -> Iterator[str]:
             return
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
     """TERM to what is left of the child's group, KILL after the grace time; returns when it is gone."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + TERM_GRACE_SECONDS
+        deadline = time.monotonic() + grace
         if process.poll() is not None and not _group_members(process.pid):
             return
         with contextlib.suppress(ProcessLookupError):
