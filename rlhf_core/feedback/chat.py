@@ -93,11 +93,13 @@ class Pace:
 
     def wait(self) -> None:
         """Return when it is this caller's turn; raises MustStop if the run stops first."""
-        with self._lock:
-            moment = max(self._next, time.monotonic())
-            self._next = moment + self._interval
-        self.sleep(moment - time.monotonic())
-        while (left := self._held_until - time.monotonic()) > 0:
+        left = math.inf
+        while left > 0:
+            with self._lock:
+                now = time.monotonic()
+                left = max(self._held_until, self._next) - now
+                if left <= 0:  # drawn after a hold, or all whom it kept would begin at once
+                    self._next = now + self._interval
             self.sleep(left)
 
     def hold(self, seconds: float) -> None:

@@ -120,6 +120,7 @@ BEHAVIOURS: dict[str, Callable[[Handler, dict[str, Any]], None]] = {
     "closed": closed,
     "429": fails(429, "slow down"),
     "429 with a wait": fails(429, "slow down", Retry_After="0.3"),
+    "429 with a longer wait": fails(429, "slow down", Retry_After="1.2"),
     "500": fails(500),
     "503 as a page": lambda handler, payload: handler.send(b"<html>Bad gateway</html>", 503),
     # Asking again helps.

@@ -286,9 +286,12 @@ def test_settings_that_a_service_lacks_are_left_out_for_good(
 def test_a_wait_that_the_service_asks_for_is_kept_by_all(
     service: Service, judge: Callable[..., EndpointComparer]
 ) -> None:
-    service.script = ["429 with a wait"]  # 0.3 s
-    judge(concurrency=1).compare(LOOKS)
-    assert service.times[1] - service.times[0] >= 0.29
+    service.script = ["429 with a longer wait"]  # 1.2 s, in which two others would have had their turn
+    judge(concurrency=4, requests_per_minute=120).compare(LOOKS[:4])  # one in 0.5 s
+    assert len(service.times) == 5
+    assert service.times[1] - service.times[0] >= 1.19
+    gaps = [later - earlier for earlier, later in zip(service.times[1:-1], service.times[2:], strict=True)]
+    assert min(gaps) > 0.25
 
 
 def test_a_wait_given_as_a_date_is_understood() -> None:
