@@ -3,17 +3,18 @@
 See rlhf_core/constitution.py. It stands in the dvc.yaml of `rlhf constitution` only (flows/constitution.py).
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf_core.config import Constitution
 from rlhf_core.constitution import Chain, chain_row, count_chains, demonstration_row, load_principles, revise
 from rlhf_core.critics import Critic, Draft, EndpointCritic, PolicyCritic, ScriptedCritic
-from rlhf_core.data import load_prepared, read_rows
+from rlhf_core.data import load_prepared, parse_prompt, read_rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.models import REFERENCE, Roles, load_tokenizer
-from rlhf_core.records import Prompt
+from rlhf_core.records import Message, Prompt
 from rlhf_core.safety import CATEGORIES, Told, rates
-from tasks.environment import record_folder
+from tasks.environment import record_folder, state_folder
 from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
 from tasks.stage import StageRun, require_watched, stage_run
@@ -32,13 +33,13 @@ def main() -> None:
         principles = load_principles(config.principles)
         prompts = safety_prompts(SPLITS)
         run.log_dataset("red_team", RED_TEAM, prompts=len(prompts))
+        topics = _topics()
         policy = speaker(run, config.policy)
         answers = policy.answer(
             [record.prompt for record in prompts], max_tokens=config.response_tokens, note="answers"
         )
-        topics = _topics()
         drafts = [
-            Draft(record.prompt, record.category, answer, topics.get(record.prompt[-1][1], ""))
+            Draft(record.prompt, record.category, answer, topics.get(record.prompt, ""))
             for record, answer in zip(prompts, answers, strict=True)
         ]
         if config.critic != "policy" and not run.main:  # one process asks whoever else criticises
@@ -47,9 +48,12 @@ def main() -> None:
         chains = revise(drafts, critic, principles, rounds=config.rounds, seed=config.seed)
         kept = [chain for chain in chains if chain.kept]
         if not kept:
+            place = state_folder() / CHAINS.name  # what a failed stage leaves among its outputs, DVC takes away
+            if run.main:
+                write_jsonl(place, map(chain_row, chains))
             raise DataError(
                 f"None of {len(chains)} chains came to a revision, so there is nothing to learn. Read the answers in "
-                f"{CHAINS}, or name another critic: constitution.critic={config.critic} wrote none."
+                f"{place}, or name another critic: constitution.critic={config.critic} wrote none."
             )
         if run.main:
             write_jsonl(CHAINS, map(chain_row, chains))
@@ -103,10 +107,15 @@ def open_critic(run: StageRun, policy: PolicyCritic) -> Critic:
     return EndpointCritic(Asker(run.params.judge, record_folder() / "judge.db", tracker=run))
 
 
-def _topics() -> dict[str, str]:
-    """What each red-team prompt is about, for scripts."""
-    rows = [row for path in sorted(RED_TEAM.glob("*.jsonl")) for _, row in read_rows(str(path))]
-    return {row["prompt"]: row.get("topic", "") for row in rows}
+def _topics() -> dict[tuple[Message, ...], str]:
+    """What each red-team prompt is about, for scripts. Stage prepare has said which rows are bad."""
+    found = {}
+    for path in sorted(RED_TEAM.glob("*.jsonl")):
+        for _, row in read_rows(str(path)):
+            with suppress(DataError):
+                prompt = parse_prompt(row).prompt
+                found[prompt] = str(row.get("topic") or "")
+    return found
 
 
 def _before_and_after(chains: list[Chain], run: StageRun) -> dict[str, float]:

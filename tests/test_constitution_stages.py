@@ -14,6 +14,8 @@ import yaml
 from flows.campaign import open_workspace
 from flows.constitution import RANKINGS, REVISIONS, START, keep_start, lay_out
 from rlhf_core.config import Params, check_params, load_params
+from rlhf_core.constitution import Chain
+from rlhf_core.critics import Draft
 from rlhf_core.data import read_rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.mixing import load_demonstrations, load_feedback
@@ -173,6 +175,35 @@ def test_a_judge_whose_weights_dvc_does_not_watch_is_refused(
 def test_a_judge_that_cannot_write_is_no_critic(workspace: Path, stage: Any) -> None:
     with pytest.raises(ConfigError, match=r"constitution\.critic judge needs judge\.kind endpoint, found local"):
         stage(constitution, critic="judge")
+
+
+def test_answers_that_nobody_revised_can_be_read(workspace: Path, stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_kept(drafts: Sequence[Draft], *_: Any, **__: Any) -> list[Chain]:
+        return [Chain(draft.prompt, draft.category, draft.response, [], False) for draft in drafts]
+
+    monkeypatch.setattr(constitution, "revise", none_kept)
+    with pytest.raises(DataError, match=r"None of 18 chains .* Read the answers in (\S+),") as error:
+        stage(constitution)
+    place = Path(str(error.value).partition("answers in ")[2].partition(",")[0])
+    assert len(rows(place)) == 18
+    assert rows(place)[0]["response"]
+    assert not place.is_relative_to(workspace / "artifacts")  # where a failed stage keeps nothing
+
+
+def test_topics_are_those_of_prompts_of_any_form(workspace: Path) -> None:
+    dialogue = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "How do I spy? "}]  # fmt: skip
+    bad = ["[1, 2]", "no JSON", "{}", json.dumps({"prompt": 3, "topic": "numbers"})]
+    lines = [
+        json.dumps({"prompt": dialogue, "topic": "privacy"}),
+        *bad,
+        json.dumps({"prompt": " Why? ", "topic": None}),
+    ]
+    Path("data/red_team/more.jsonl").write_text("\n".join(lines))
+    found = constitution._topics()
+    assert found[("user", "Hello"), ("assistant", "Hi"), ("user", "How do I spy?")] == "privacy"
+    assert found[(("user", "Why?"),)] == ""
+    assert "numbers" not in found.values()
 
 
 def test_prompts_of_both_categories_are_needed(workspace: Path, stage: Any) -> None:
