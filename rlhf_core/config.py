@@ -247,7 +247,7 @@ class PPO(Training):
     axis_order: tuple[str, ...] = Field(description="lexicographic: the axes, the most important one first.")
     thresholds: dict[str, float] = Field(
         description="lexicographic: of each axis in axis_order but the last, the score from which the next one counts. "
-        "Reward units of the axis, above -score_clip."
+        "Reward units of the axis, above -score_clip and at most score_clip."
     )
     cost_axis: str = Field(
         description="constrained: the axis whose normalised score is, with the opposite sign, a response's cost; a "
@@ -341,6 +341,11 @@ class PPO(Training):
             for axis, threshold in self.thresholds.items():
                 if threshold <= -self.score_clip:
                     raise ValueError(f"thresholds.{axis} {threshold:g} is not above -score_clip {-self.score_clip:g}")
+                if threshold > self.score_clip:  # scores are clipped first, so none would reach it
+                    raise ValueError(
+                        f"thresholds.{axis} {threshold:g} is above score_clip {self.score_clip:g}, so that no axis "
+                        "after it would ever count"
+                    )
             if self.spread_coef > 0:
                 raise ValueError(f"spread_coef {self.spread_coef:g} has no meaning with objective lexicographic")
         if self.objective == "constrained":

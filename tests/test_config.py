@@ -394,6 +394,7 @@ LIMITED = {"objective": "constrained", "cost_axis": "kind"}
         ({**IN_ORDER, "axis_order": ["kind", "kind"]}, "axis_order [kind, kind]: expected two axes or more"),
         ({**IN_ORDER, "thresholds": {"kind": 1}}, "thresholds {kind: 1}: expected one each of true"),
         ({**IN_ORDER, "thresholds": {"true": -5}}, "thresholds.true -5 is not above -score_clip -5"),
+        ({**IN_ORDER, "thresholds": {"true": 5.5}}, "thresholds.true 5.5 is above score_clip 5, so that no axis"),
         ({**IN_ORDER, "spread_coef": 0.1}, "spread_coef 0.1 has no meaning with objective lexicographic"),
         ({**LIMITED, "reward": "judge"}, "reward judge gives one number, and objective constrained needs axes"),
         ({"objective": "constrained"}, "cost_axis is empty, and objective constrained needs it"),
