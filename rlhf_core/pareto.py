@@ -5,7 +5,7 @@ that is flows/frontier.py's business.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -53,13 +53,14 @@ def unbeaten(points: Sequence[Reached], judge: str) -> list[bool]:
 
 
 def against_the_weights(points: Sequence[Reached], judge: str) -> list[tuple[str, str]]:
-    """Neighbours by weight between which an axis moved the wrong way by more than the two intervals allow.
+    """Pairs of points between which an axis moved the wrong way by more than the two intervals allow.
 
-    As the second axis gains weight, y should not fall and x should not rise. Empty: monotone within the intervals.
+    As the second axis gains weight, y should not fall and x should not rise. Empty: monotone within the intervals. All
+    pairs are compared, since a slow drift may be within them from each point to the next.
     """
     weighted = sorted((point for point in points if point.weight is not None), key=lambda point: point.weight or 0.0)
     wrong = []
-    for one, other in pairwise(weighted):
+    for one, other in combinations(weighted, 2):
         low, high = one.by[judge], other.by[judge]
         if high.y.high < low.y.low or high.x.low > low.x.high:
             wrong.append((one.name, other.name))

@@ -44,10 +44,24 @@ def test_the_frontier_falls() -> None:
 
 def test_weights_are_followed_within_the_intervals_or_the_pair_is_named() -> None:
     assert against_the_weights(POINTS, "reward") == []
-    assert against_the_weights(list(reversed(POINTS)), "gold") == [("w0.8", "w1")]  # y falls from 0.5 to 0.2
+    # y falls from 0.5, twice, to 0.2.
+    assert against_the_weights(list(reversed(POINTS)), "gold") == [("w0.5", "w1"), ("w0.8", "w1")]
     risen = [POINTS[1], point("more", 1.25, 0.2, weight=0.5), point("within", 1.4, 0.3, weight=1.0)]
-    assert against_the_weights(risen, "reward") == [("w0", "more")]  # x rises by 0.25; then by 0.15 only
+    # x rises by 0.25, then by 0.15 only, which is 0.4 together.
+    assert against_the_weights(risen, "reward") == [("w0", "more"), ("w0", "within")]
     assert against_the_weights([POINTS[0], POINTS[5]], "gold") == []
+
+
+def test_a_slow_drift_is_against_the_weights_too() -> None:
+    # y falls by 0.2 from each to the next, which ±0.15 twice allow, and by 0.4 from the first to the third.
+    def drifting(place: int) -> Reached:
+        y = 0.4 - 0.2 * place
+        outcome = Outcome(Interval(0.0, -0.15, 0.15), Interval(y, y - 0.15, y + 0.15))
+        return Reached(f"w{place}", "", {"gold": outcome, "reward": outcome}, 2.0, weight=place / 4)
+
+    assert against_the_weights([drifting(0), drifting(1)], "gold") == []
+    found = against_the_weights([drifting(place) for place in range(5)], "gold")
+    assert found == [("w0", "w2"), ("w0", "w3"), ("w0", "w4"), ("w1", "w3"), ("w1", "w4"), ("w2", "w4")]
 
 
 def test_a_limit_is_told_with_the_best_weighted_run_that_keeps_it() -> None:
@@ -59,9 +73,7 @@ def test_a_limit_is_told_with_the_best_weighted_run_that_keeps_it() -> None:
         "(0.70, 0.60 to 0.80)."
     ) in said
     assert "By the reward model that PPO was trained on, as harmless gains weight it never falls and helpful" in said
-    assert (
-        "By the gold model, an axis moves against the weights by more than the intervals between w0.8 and w1." in said
-    )
+    assert "an axis moves against the weights by more than the intervals between w0.5 and w1, w0.8 and w1." in said
 
 
 def test_a_limit_that_was_passed_or_that_no_weights_keep_is_told_too() -> None:
