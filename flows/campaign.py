@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from flows.recipe import copy_code, first_params, init_dvc, is_unfinished, make_base, making
+from flows.recipe import copy_code, copy_named, first_params, init_dvc, is_unfinished, make_base, making
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 from tasks.pipeline import STAGES, apply_overrides, checkout, workspace_lock
@@ -139,6 +139,8 @@ def open_workspace(
     with workspace_lock(folder):
         if _has_begun(folder, kind, wanted):  # asked again: another command may have begun it meanwhile
             _copy_code(folder, project)
+            for name in ("params.yaml", "campaign.yaml"):  # of the round under way, and of those to come
+                copy_named(load_params(folder / name), folder, project)
             return folder
         with making(folder):
             _copy_code(folder, project)
@@ -160,8 +162,10 @@ def _begin(folder: Path, project: Path, recipe: str | None, overrides: Sequence[
         checkout(root=folder)
     with TemporaryDirectory(dir=folder) as draft:
         shutil.copy(folder / "params.yaml", draft)
-        apply_overrides(in_rounds, root=Path(draft))
+        in_round = apply_overrides(in_rounds, root=Path(draft))
         shutil.copy(Path(draft) / "params.yaml", folder / "campaign.yaml")
+    for one in (params, in_round):
+        copy_named(one, folder, project)
 
 
 def _has_begun(folder: Path, kind: str, wanted: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from flows.campaign import open_workspace, with_stages
+from flows.recipe import is_own
 from flows.results import publish_results
 from flows.rlhf import bring_up_to_date
 from rlhf_core.config import check_params
@@ -107,6 +108,17 @@ def lay_out(folder: Path) -> None:
     values["prepare"]["max_prompts"] = 0  # of which hardly any of the red team's might be left
     values["sft"]["feedback"], values["reward"]["feedback"] = REVISIONS, RANKINGS
     values["constitution"]["policy"] = START
-    check_params(values, source="the second part")
+    params = check_params(values, source="the second part")
     write_text(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    write_text(folder / "dvc.yaml", with_stages(folder, "recipes/constitution/stages.yaml"))
+    whole = yaml.safe_load(with_stages(folder, "recipes/constitution/stages.yaml"))
+    _watch(whole["stages"]["constitution"]["deps"], params.constitution.principles)  # no dvc.yaml of the user's has it
+    _watch(whole["stages"]["principles"]["deps"], params.constitution.principles)
+    if params.judge.kind in ("local", "reward") and is_own(Path(params.judge.model)):
+        _watch(whole["stages"]["principles"]["deps"], params.judge.model)
+    write_text(folder / "dvc.yaml", yaml.safe_dump(whole, sort_keys=False))
+
+
+def _watch(deps: list[str], path: str) -> None:
+    """Add a dependency, unless a folder that is there holds it."""
+    if not any(Path(path).is_relative_to(dep) for dep in deps):
+        deps.append(path)

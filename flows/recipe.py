@@ -1,6 +1,6 @@
 """Runs a recipe (recipes/<name>.yaml over params.yaml) in a workspace of its own, so that the project stays as it is.
 
-The workspace, .rlhf/<name>, holds copies of the code, the starter data and the parameters, and its own DVC cache. A
+The workspace, .rlhf/<name>, holds copies of the code, the data and the parameters, and its own DVC cache. A
 recipe is a small, complete run: for a first look, and for the tests.
 """
 
@@ -12,12 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from rlhf_core.config import Params
 from rlhf_core.errors import MissingArtifact, RLHFError
 from tasks.pipeline import LOCK, apply_overrides, apply_recipe, workspace_lock
 
 CODE = ("rlhf_core", "tasks", "data/starter", "data/red_team", "recipes")
 FILES = ("dvc.yaml", ".dvcignore", "constitution.yaml")
+# What stages and rounds write in a workspace, and so is never brought from the project.
+OUTPUTS = ("artifacts", "data/prepared", "data/feedback", "data/comparisons.json", "data/people", "metrics", "plots",
+           ".rlhf")  # fmt: skip
 STATES = ("campaign.json", "sweep.json")  # written last; a recipe's workspace has none
 MAKING = ".rlhf/making"  # stands while a workspace of these is made
 
@@ -35,6 +40,7 @@ def make_workspace(recipe: str, folder: Path, *, project: Path) -> Params:
         copy_code(folder, project)
         init_dvc(folder)
         params = first_params(recipe, (), folder, project=project)
+        copy_named(params, folder, project)
         make_base(params, folder)
     return params
 
@@ -120,6 +126,33 @@ def copy_code(folder: Path, project: Path) -> None:
     # one.
     (folder / "data/people").mkdir(exist_ok=True)
     (folder / "data/people/README.md").write_text("What people said of held-out answers.\n", encoding="utf-8")
+
+
+def copy_named(params: Params, folder: Path, project: Path) -> None:
+    """A user's own files and folders, as the project has them now: those that params.yaml names or dvc.yaml watches."""
+    prepare, judge = params.prepare, params.judge
+    named = [*prepare.demonstrations, *prepare.rankings, *prepare.prompts, prepare.base.removeprefix("path:")]
+    named += [params.sft.feedback, params.reward.feedback, params.constitution.principles]
+    named += [judge.model] if judge.kind in ("local", "reward") else []
+    stages = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    named += [dep for stage in stages.values() for dep in stage.get("deps", [])]
+    for name in sorted({name for name in named if name}):
+        path = Path(name)  # hub: and wheel: are no files here
+        if not is_own(path):
+            continue
+        if (project / path).is_dir():
+            shutil.rmtree(folder / path, ignore_errors=True)
+            shutil.copytree(project / path, folder / path)
+        elif (project / path).is_file():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / path, folder / path)
+
+
+def is_own(path: Path) -> bool:
+    """Whether a path, as params.yaml names it, is of the user's making alone, and lies in the project."""
+    here = not path.is_absolute() and ".." not in path.parts
+    others = [Path(other) for other in (*CODE, *OUTPUTS)]
+    return here and not any(path.is_relative_to(other) or other.is_relative_to(path) for other in others)
 
 
 def init_dvc(folder: Path, *, cache: Path | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from flows.recipe import copy_code, first_params, init_dvc, is_unfinished, make_base, making
+from flows.recipe import copy_code, copy_named, first_params, init_dvc, is_unfinished, make_base, making
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 from rlhf_core.pareto import Outcome, Reached, render_pareto, unbeaten
@@ -117,6 +117,7 @@ def open_sweep(
             init_dvc(folder, cache=(project / ".dvc" / "cache").resolve())
             if not state.is_file():
                 _begin(folder, project, known, values)
+            copy_named(check_params(values), folder, project)
             write_json(state, known)
     first, second = known["axes"]
     return Sweep(name, folder, (first, second), points, known["id"])
@@ -193,7 +194,9 @@ def begin_point(sweep: Sweep, point: Point, *, project: Path) -> Path:
         values = _params_of(_values(sweep.folder), point)
         if not (folder / "params.yaml").is_file() or _values(folder) != values:
             _write_params(values, folder)
-        base = load_params(folder / "params.yaml").prepare.base.removeprefix("path:")
+        params = load_params(folder / "params.yaml")
+        copy_named(params, folder, project)
+        base = params.prepare.base.removeprefix("path:")
         if base.startswith(".rlhf/"):  # a recipe's random model
             shutil.copytree(sweep.folder / base, folder / base, dirs_exist_ok=True)
         _take_over(sweep.folder, folder, SHARED)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from sqlalchemy import select
 from toy import PROJECT
 
 from flows import campaign as campaigns
-from flows import online, people
+from flows import online, people, recipe, sweeps
 from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_round, open_campaign, overview, words
+from flows.constitution import lay_out
 from rlhf_core.config import load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
 from rlhf_core.feedback import judging
@@ -438,3 +440,53 @@ def test_what_was_judged_after_its_round_had_ended_is_taken_into_the_next_one_on
         if number == 1:
             rank(kim, opened[0])
     assert found == [["local"], ["local", "kim"] if promoted else ["local"], ["local"]]
+
+
+def test_a_users_own_files_are_in_every_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (recipe, campaigns, sweeps):
+        monkeypatch.setattr(module, "make_base", lambda params, folder: None)
+    monkeypatch.setattr(sweeps, "checkout", lambda *, root: None)
+    project = make_project(tmp_path / "project")
+    (project / "data").unlink()
+    for part in (PROJECT / "data").iterdir():
+        (project / "data").mkdir(exist_ok=True)
+        (project / "data" / part.name).symlink_to(part)
+    write_text(project / "models/judge/config.json", "{}")
+    write_text(project / "mine.yaml", (PROJECT / "constitution.yaml").read_text())
+    write_text(project / "artifacts/base/config.json", "{}")
+    values = yaml.safe_load((PROJECT / "params.yaml").read_text())
+    values["prepare"]["demonstrations"] = ["data/mine.jsonl", "hub:a/b@1"]
+    values["judge"] |= {"kind": "local", "model": "models/judge"}
+    values["constitution"]["principles"] = "mine.yaml"
+    stages = yaml.safe_load((PROJECT / "dvc.yaml").read_text())
+    stages["stages"]["prepare"]["deps"] += ["data/mine.jsonl", "data/watched"]
+    write_text(project / "data/watched/rows.jsonl", "watched\n")
+    for name, content in (("params.yaml", values), ("dvc.yaml", stages)):
+        (project / name).unlink()
+        write_text(project / name, yaml.safe_dump(content))
+    (project / "recipes").unlink()
+    shutil.copytree(PROJECT / "recipes", project / "recipes")
+    write_text(project / "recipes/small.yaml", "ppo: {updates: 3}\n")
+
+    def workspaces() -> list[Path]:
+        recipe.make_workspace("small", project / ".rlhf/small", project=project)
+        sweep = sweeps.open_sweep("swept", project=project, axes=["helpfulness", "harmlessness"], weights=[0.5])
+        points = [sweeps.begin_point(sweep, point, project=project) for point in sweep.points]
+        kind = campaigns.open_workspace("chain", "constitution", project=project)
+        return [project / ".rlhf/small", sweep.folder, *points, open_campaign("rounds", project=project).folder, kind]
+
+    for content in ("mine\n", "mine, with a row more\n"):
+        write_text(project / "data/mine.jsonl", content)
+        for folder in workspaces():
+            assert (folder / "data/mine.jsonl").read_text() == content, folder
+            assert (folder / "data/watched/rows.jsonl").is_file()
+            assert (folder / "models/judge/config.json").is_file()
+            assert (folder / "mine.yaml").is_file()
+            assert not (folder / "artifacts").exists()
+            watched = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]["prepare"]["deps"]
+            assert {"data/mine.jsonl", "data/watched"} <= set(watched)
+    chain = project / ".rlhf/chain"
+    lay_out(chain)
+    stages = yaml.safe_load((chain / "dvc.yaml").read_text())["stages"]
+    assert stages["constitution"]["deps"][-1] == "mine.yaml"
+    assert stages["principles"]["deps"][-2:] == ["mine.yaml", "models/judge"]
