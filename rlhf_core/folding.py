@@ -102,7 +102,8 @@ def fold_rows(mask_BS: Tensor, groups: Sequence[tuple[int, int]]) -> Fold:
     sees_GFF = theirs_GFF & (places_F[:, None] >= places_F)
     to_BS = _padded(to, 0) + torch.tensor(group_of)[:, None] * len(places_F)
     parts = (of_GF, positions_GF, sees_GFF, owner_GF != -2, to_BS)
-    return Fold(*(part.to(mask_BS.device) for part in parts), groups)
+    of_GF, positions_GF, sees_GFF, mask_GF, to_BS = (part.to(mask_BS.device) for part in parts)
+    return Fold(of_GF, positions_GF, sees_GFF, mask_GF, to_BS, groups)
 
 
 def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
