@@ -429,10 +429,15 @@ def _shared_place(stage: str) -> None:
 
 def _clear_checkpoints(stage: str, run_key: str, workspace: Workspace) -> None:
     """Remove what nobody goes on from: runs whose outputs DVC has, and of this stage all but the last few stopped."""
-    for file in (state_folder() / "checkpoints").glob(f"*/*/{ENDED}"):
-        if workspace.recorded(file.parent.name):
-            _remove_unused(file.parent)
     own = _checkpoints(stage, run_key)
+    for file in (state_folder() / "checkpoints").glob(f"*/*/{ENDED}"):
+        if not workspace.recorded(file.parent.name):
+            continue
+        if file.parent != own:
+            _remove_unused(file.parent)
+            continue
+        for path in (path for path in own.iterdir() if path.name != IN_USE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     others = [other for other in own.parent.glob("*") if other != own]
     with suppress(FileNotFoundError):  # a stage of another workspace clears them too
         for other in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_CONFIGURATIONS]:

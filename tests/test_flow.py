@@ -393,7 +393,7 @@ def test_people_are_not_asked_where_there_is_nothing_to_ask(campaign: Any) -> No
 
     round_1 = campaign("The same.", "The same.")
     with pytest.raises(ConfigError, match="No judgement of round 1 ranks anything"):
-        _judge(round_1, 1, "people", Waiting())
+        _judge(round_1, 1, "people", Waiting(), "")
     _compare(round_1, 1, Waiting())
     assert json.loads((round_1.folder / COMPARISONS).read_text()) == []
 
