@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rlhf_core.unpadding import places_of, sees_causally
+
 DROP_SHARE = 0.25  # of a plain batch must have finished for those rows to leave it: copying its cache costs too
 PACKED_FOR = 64  # rows that MKL lays a matrix out for; as fast at 1 and 128 as matrices laid out for those
 PACKED_ROWS = 128  # rows multiplied at once; above, a matrix laid out for 64 falls behind
@@ -161,29 +163,22 @@ class Lean:
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: Sequence[Sequence[int]]) -> Tensor:
         """(U, D) the last hidden states of U prompts, whose keys and values go to the rows that begin with them."""
-        count, width = len(prompts), max(map(len, prompts))
-        first = self.column - width
+        first = self.column - max(map(len, prompts))
         ids_UP, mask_UP = (part.to(self.device) for part in pad_left(prompts, 0))
-        real_N = mask_UP.flatten().nonzero().squeeze(1)  # N tokens without padding, as the matrices see them
-        positions_N = (mask_UP.long().cumsum(1) - 1).flatten()[real_N]
-        causal_PP = torch.ones((width, width), dtype=torch.bool, device=self.device).tril()
-        # A padded position sees itself, lest its softmax be empty; nothing sees it.
-        seen_UPP = causal_PP & mask_UP[:, None, :] | torch.eye(width, dtype=torch.bool, device=self.device)
+        places = places_of(mask_UP)  # N tokens without padding, as the matrices see them
+        positions_N = places.take(mask_UP.long().cumsum(1) - 1)[0]
+        seen_UPP = sees_causally(mask_UP)
         owner_R = torch.tensor([u for u, of_one in enumerate(rows) for _ in of_one], device=self.device)
         rows_R = torch.tensor([row for of_one in rows for row in of_one], device=self.device)
 
         def padded(flat_ND: Tensor) -> Tensor:
             """(U, heads, P, width) from (N, heads, width)."""
-            whole = flat_ND.new_zeros((count * width, *flat_ND.shape[1:]))
-            whole[real_N] = flat_ND
-            return whole.view(count, width, *flat_ND.shape[1:]).transpose(1, 2)
+            return places.lay(flat_ND[None]).transpose(1, 2)
 
-        hidden_ND = self.model.get_input_embeddings()(ids_UP.flatten()[real_N])
+        hidden_ND = self.model.get_input_embeddings()(places.take(ids_UP)[0])
         for index, layer in enumerate(self.weights.layers):
             if self.kept is not None and index == self.depth:
-                states_UPD = hidden_ND.new_zeros((count * width, hidden_ND.shape[1]))
-                states_UPD[real_N] = hidden_ND
-                self.kept[rows_R, first : self.column] = states_UPD.view(count, width, -1)[owner_R]
+                self.kept[rows_R, first : self.column] = places.lay(hidden_ND[None])[owner_R]
             query, key, value = self._project(layer, hidden_ND, self.cos[positions_N], self.sin[positions_N])
             query, key, value = padded(query), padded(key), padded(value)
             self.keys[index, rows_R, :, first : self.column] = key[owner_R]
@@ -191,7 +186,7 @@ class Lean:
             found = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=seen_UPP[:, None], enable_gqa=self.groups < self.heads
             )
-            mixed_ND = found.transpose(1, 2).reshape(count * width, -1)[real_N]
+            mixed_ND = places.take(found.transpose(1, 2).flatten(2))[0]
             hidden_ND = self._mix(layer, hidden_ND, mixed_ND)
         last_U = mask_UP.sum(1).cumsum(0) - 1
         return self._norm(hidden_ND[last_U], self.weights.norm)

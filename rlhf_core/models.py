@@ -691,12 +691,8 @@ def _run(body: Any, mask_BS: Tensor, fold: Fold | None = None, **inputs: Tensor)
 def _run_unpadded(body: Any, mask_BS: Tensor, fold: Fold | None = None, **inputs: Tensor) -> Tensor:
     if fold is not None:
         return unpadding.run(body, fold.mask_GF, fold.positions_GF, fold.sees_GFF, **inputs)
-    width = mask_BS.shape[1]
-    causal_SS = torch.ones((width, width), dtype=torch.bool, device=mask_BS.device).tril()
-    # Padding sees itself, lest its softmax be empty; nothing else sees it.
-    sees_BSS = causal_SS & mask_BS[:, None] | torch.eye(width, dtype=torch.bool, device=mask_BS.device)
     positions_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
-    return unpadding.run(body, mask_BS, positions_BS, sees_BSS, **inputs)
+    return unpadding.run(body, mask_BS, positions_BS, unpadding.sees_causally(mask_BS), **inputs)
 
 
 def _body(model: Any) -> Any:

@@ -37,6 +37,15 @@ def places_of(mask_RW: Tensor) -> Places:
     return Places(mask_RW.flatten().nonzero().squeeze(1), *mask_RW.shape)
 
 
+def sees_causally(mask_RW: Tensor) -> Tensor:
+    """(R, W, W) bool, True where the first place attends to the second: a token to itself and to those before it.
+
+    Padding sees itself, lest its softmax be empty; nothing else sees it.
+    """
+    itself_WW = torch.eye(mask_RW.shape[1], dtype=torch.bool, device=mask_RW.device)
+    return torch.ones_like(itself_WW).tril() & mask_RW[:, None] | itself_WW
+
+
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     places: Places | None = None, **options: Any,

@@ -45,3 +45,12 @@ def perturb(roles: Roles, role: str, *, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in roles.trainable(role):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def perturbed(folder: Path, config: Any, **options: Any) -> Roles:
+    """A model with a reward model that training has moved."""
+    torch.manual_seed(0)  # of the fresh head
+    roles = Roles(folder, config)
+    roles.add("reward", head=True, **options)
+    perturb(roles, "reward")
+    return roles

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import perturb
+from small import perturbed
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -27,14 +27,6 @@ ROWS = [
 @pytest.fixture(params=["llama", "gpt2"])
 def family(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
-
-
-def perturbed(folder: Path, config: Any, **options: Any) -> Roles:
-    torch.manual_seed(0)  # of the fresh head
-    roles = Roles(folder, config)
-    roles.add("reward", head=True, **options)
-    perturb(roles, "reward")
-    return roles
 
 
 # ---- by hand
