@@ -546,39 +546,38 @@ class Roles(nn.Module):
         lower = self._view(self.model, slice(0, self.depth))
         return self._way(mask_BS, fold)(lower, mask_BS, fold, input_ids=ids)
 
-    @torch.no_grad()
     def _bears_folding(self) -> bool:
-        config: Any = self.model.config
-        if getattr(config, "sliding_window", None):  # a folded token's window would not be its row's
-            return False
-        ids_BS = torch.arange(18, device=self.device).reshape(3, 6) % config.vocab_size
+        ids_BS = torch.arange(18, device=self.device).reshape(3, 6) % self.model.config.vocab_size
         ids_BS[:, :3] = ids_BS[0, :3]
         mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
         mask_BS[1, 5:] = False
         fold = fold_rows(mask_BS, [(3, 3)])
-        body = _body(self._activate(REFERENCE))
-        plain = _run(body, mask_BS, input_ids=ids_BS)
-        try:
-            folded = fold.unfold(_run(body, mask_BS, fold, input_ids=fold.fold(ids_BS)))
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # no such mask is taken
-            return False
-        return torch.allclose(plain[mask_BS], folded[mask_BS], rtol=1e-4, atol=1e-4)
 
-    @torch.no_grad()
+        def folded(body: Any) -> Tensor:
+            return fold.unfold(_run(body, mask_BS, fold, input_ids=fold.fold(ids_BS)))
+
+        return self._bears(folded, ids_BS, mask_BS)
+
     def _bears_unpadding(self) -> bool:
-        config: Any = self.model.config
-        if config._attn_implementation != unpadding.ATTENTION or getattr(config, "sliding_window", None):
+        if self.model.config._attn_implementation != unpadding.ATTENTION:
             return False
-        ids_BS = torch.arange(12, device=self.device).reshape(2, 6) % config.vocab_size
+        ids_BS = torch.arange(12, device=self.device).reshape(2, 6) % self.model.config.vocab_size
         mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
         mask_BS[0, 3:] = False
-        body = _body(self.model)  # with whatever adapter is on
-        plain = _run(body, mask_BS, input_ids=ids_BS)
-        try:
-            unpadded = _run_unpadded(body, mask_BS, input_ids=ids_BS)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # it does not pass `places` on
+        return self._bears(lambda body: _run_unpadded(body, mask_BS, input_ids=ids_BS), ids_BS, mask_BS)
+
+    @torch.no_grad()
+    def _bears(self, otherwise: Callable[[Any], Tensor], ids_BS: Tensor, mask_BS: Tensor) -> bool:
+        """Whether running the model otherwise, with whatever adapter is on, gives what it gives of plain rows."""
+        if getattr(self.model.config, "sliding_window", None):  # a token's window would not be its row's
             return False
-        return torch.allclose(plain[mask_BS], unpadded[mask_BS], rtol=1e-4, atol=1e-4)
+        body = _body(self.model)
+        plain_BSD = _run(body, mask_BS, input_ids=ids_BS)
+        try:
+            found_BSD = otherwise(body)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # it takes no such mask or argument
+            return False
+        return torch.allclose(plain_BSD[mask_BS], found_BSD[mask_BS], rtol=1e-4, atol=1e-4)
 
     def _new_adapter(self) -> LoraConfig:
         training = self.training_section

@@ -186,7 +186,7 @@ def train_ppo(
     so_far = checkpoints.restore(state)
     if so_far is None:
         so_far = {"update": 0, "tokens": 0, "kl_coef": controller.coef, "prompts_left": [], "history": [], "shown": []}
-        so_far["moments"] = vars(RunningMoments())
+        so_far |= {"moments": vars(RunningMoments()), "alarms": []}
         if multiplier is not None:
             so_far["multiplier"] = multiplier.state()
     if kept is not None:
@@ -199,7 +199,7 @@ def train_ppo(
     # The table and the alarms of a run that was stopped went to another record.
     for row in shown:
         tracker.table("ppo/samples", [row], step=row["update"])
-    for text in so_far.setdefault("alarms", []):
+    for text in so_far["alarms"]:
         tracker.remark("ppo/alarm", text)
     alarm = None
     for update in range(so_far["update"] + 1, config.updates + 1):

@@ -259,7 +259,8 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
     place = _checkpoints(stage, run_key) if run_key else None
     lock = _claim(place) if main and place else None
     if main and place and lock is None:
-        place = _shared_place(stage)
+        _say_it_is_shared(stage)
+        place = None
     sink: Tracker = _open_tracker(stage, params, entry) if main else NullTracker()
     if lock and workspace:
         _clear_checkpoints(stage, run_key, workspace)
@@ -411,7 +412,7 @@ def _claim(folder: Path) -> FileLock | None:
     return lock
 
 
-def _shared_place(stage: str) -> None:
+def _say_it_is_shared(stage: str) -> None:
     """Two workspaces compute the same, such as two experiments of `dvc exp run --temp`: one of them saves itself.
 
     Raises:
