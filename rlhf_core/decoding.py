@@ -1,7 +1,7 @@
 """What samples token by token: Llama models without all that a step of 135M weights can do without, others as they are.
 
 A decode step is bound by reading weights, so the lean way has the policy's adapter merged, matrices that take the same
-input joined into one, and each laid out once as MKL likes it; keys and values lie in buffers made at the start. A
+input joined into one, and each laid out once; keys and values lie in buffers made at the start. A
 prompt that comes several times is computed once. The numbers are those of the plain model up to float32's rounding.
 """
 
@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rlhf_core.matrices import Matrix
 from rlhf_core.unpadding import places_of, sees_causally
 
 DROP_SHARE = 0.25  # of a plain batch must have finished for those rows to leave it: copying its cache costs too
-PACKED_FOR = 64  # rows that MKL lays a matrix out for; as fast at 1 and 128 as matrices laid out for those
-PACKED_ROWS = 128  # rows multiplied at once; above, a matrix laid out for 64 falls behind
 PREFILL_TOKENS = 4096  # of prompts computed together, padding included
 STATIC_ROPE = ("default", "linear", "llama3")  # angles that do not hang on how long the text is
 
@@ -144,8 +143,9 @@ class Lean:
         # The layers below `depth` see the last tokens too, since their states are kept.
         hidden_LD = self._lower(tokens_L)
         hidden_LD = self._drop(hidden_LD, running_L)
+        hides = self._hides()
         for layer in range(self.depth, len(self.weights.layers)):
-            hidden_LD = self._layer(layer, hidden_LD)
+            hidden_LD = self._layer(layer, hidden_LD, hides)
         self.column += 1
         return self.weights.head(self._norm(hidden_LD, self.weights.norm))
 
@@ -194,28 +194,32 @@ class Lean:
     def _lower(self, tokens_L: Tensor) -> Tensor:
         """(L, D) the tokens' hidden states below `depth`, which are kept."""
         hidden_LD = self.model.get_input_embeddings()(tokens_L.to(self.device))
+        hides = self._hides()
         for layer in range(self.depth):
-            hidden_LD = self._layer(layer, hidden_LD)
+            hidden_LD = self._layer(layer, hidden_LD, hides)
         if self.kept is not None:
             self.kept[self.rows_L.to(self.device), self.column] = hidden_LD
         for row in self.rows_L.tolist():
             self.ends[row] = self.column + 1
         return hidden_LD
 
-    def _layer(self, index: int, hidden_LD: Tensor) -> Tensor:
+    def _layer(self, index: int, hidden_LD: Tensor, hides: Tensor) -> Tensor:
         layer, count, column = self.weights.layers[index], len(hidden_LD), self.column
         positions_L = column - self.starts_L
         query, key, value = self._project(layer, hidden_LD, self.cos[positions_L], self.sin[positions_L])
         self.keys[index, :count, :, column], self.values[index, :count, :, column] = key, value
-        seen_LS = torch.arange(column + 1, device=self.device) >= self.starts_L[:, None]
-        # Query heads that share keys are so many queries of one head.
-        found = F.scaled_dot_product_attention(
-            query.view(count, self.groups, -1, self.width),
-            self.keys[index, :count, :, : column + 1],
-            self.values[index, :count, :, : column + 1],
-            attn_mask=seen_LS[:, None, None],
+        # Query heads that share keys are so many queries of one head. Plain products, since SDPA is for long queries.
+        keys, values = (part[index, :count, :, : column + 1].flatten(0, 1) for part in (self.keys, self.values))
+        scores = torch.baddbmm(
+            hides, query.reshape(len(keys), -1, self.width), keys.mT, alpha=self.width**-0.5
         )
-        return self._mix(layer, hidden_LD, found.reshape(count, -1))
+        return self._mix(layer, hidden_LD, torch.bmm(scores.softmax(-1), values).view(count, -1))
+
+    def _hides(self) -> Tensor:
+        """(L × groups, 1, S) what is added to the scores of the columns up to the newest: a row begins late."""
+        columns_S = torch.arange(self.column + 1, device=self.device)
+        hides_LS = torch.where(columns_S >= self.starts_L[:, None], 0.0, torch.finfo(self.keys.dtype).min)
+        return hides_LS.repeat_interleave(self.groups, 0)[:, None]
 
     def _project(self, layer: "_Layer", hidden_ND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, heads, width) queries, and (N, groups, width) keys and values."""
@@ -261,24 +265,9 @@ def _pieces(prompts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     return pieces
 
 
-class _Matrix:
-    """A matrix that multiplies rows from the right, laid out for it where MKL is there to do so."""
-
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        weight = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-        self.packed = None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), PACKED_FOR)
-            # The operator reads nothing but the shape of the matrix as it was.
-            weight = torch.empty(1).expand(weight.shape)
-        self.weight = weight
-
-    def __call__(self, rows_ND: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(rows_ND, self.weight)
-        if len(rows_ND) <= PACKED_ROWS:
-            return torch.ops.mkl._mkl_linear(rows_ND, self.packed, self.weight, None, len(rows_ND))
-        return torch.cat([self(part_ND) for part_ND in rows_ND.split(PACKED_ROWS)])
+def _joined(parts: Sequence[Tensor]) -> Matrix:
+    """One matrix of those that take the same input."""
+    return Matrix(torch.cat(list(parts)) if len(parts) > 1 else parts[0])
 
 
 class _Layer:
@@ -286,10 +275,10 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         attention, feed = layer.self_attn, layer.mlp
-        self.qkv = _Matrix([_merged(attention.q_proj), _merged(attention.k_proj), _merged(attention.v_proj)])
-        self.out = _Matrix([_merged(attention.o_proj)])
-        self.gate_up = _Matrix([_merged(feed.gate_proj), _merged(feed.up_proj)])
-        self.down = _Matrix([_merged(feed.down_proj)])
+        self.qkv = _joined([_merged(attention.q_proj), _merged(attention.k_proj), _merged(attention.v_proj)])
+        self.out = _joined([_merged(attention.o_proj)])
+        self.gate_up = _joined([_merged(feed.gate_proj), _merged(feed.up_proj)])
+        self.down = _joined([_merged(feed.down_proj)])
         self.attention_norm: Tensor = layer.input_layernorm.weight
         self.feed_norm: Tensor = layer.post_attention_layernorm.weight
 
@@ -297,7 +286,7 @@ class _Layer:
 class _Weights:
     """All layers, the last norm and the head."""
 
-    def __init__(self, layers: list[_Layer], norm: Tensor, head: _Matrix) -> None:
+    def __init__(self, layers: list[_Layer], norm: Tensor, head: Matrix) -> None:
         self.layers, self.norm, self.head = layers, norm, head
 
 
@@ -310,7 +299,7 @@ def _weights_of(model: Any) -> _Weights:
     body = model.base_model
     layers = [_kept(model, index, layer, lambda layer=layer: _Layer(layer)) for index, layer in enumerate(body.layers)]
     head = model.get_output_embeddings()
-    return _Weights(layers, body.norm.weight, _kept(model, "head", head, lambda: _Matrix([head.weight])))
+    return _Weights(layers, body.norm.weight, _kept(model, "head", head, lambda: _joined([head.weight])))
 
 
 def _kept(model: nn.Module, name: Any, module: nn.Module, make: Any) -> Any:

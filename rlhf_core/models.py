@@ -31,6 +31,7 @@ from rlhf_core.errors import MissingArtifact
 from rlhf_core.folding import Fold, alike, batches, fold_rows
 from rlhf_core.functional import entropy as token_entropy
 from rlhf_core.functional import token_logprobs
+from rlhf_core.matrices import quicken
 
 REFERENCE = "reference"
 # PEFT 0.21 asks transformers 5.23 by the old name; harmless, and not the user's to mend.
@@ -142,6 +143,7 @@ def load_policy(folder: str | Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         unpadding.prepare(model)
     _no_dropout(model.config)
+    quicken(model)
     return model.eval()
 
 
@@ -220,6 +222,7 @@ class Roles(nn.Module):
         if head:
             self._add_heads(role, start, axes)
         self.to(self.device).eval()
+        quicken(self.model)
         self._depth = None
         self._views.clear()
 

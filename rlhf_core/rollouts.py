@@ -124,12 +124,14 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
     """(B,) tokens from softmax(logits / temperature) by inverting its distribution function at `uniform_B`.
 
     Running sums are float64, since in float32 one over 50,000 tokens loses the rare ones; first over blocks of tokens,
-    then within the one block that is met.
+    each summed in float32, then within the one block that is met.
     """
     count, tokens = logits_BV.shape
-    weights_BV = ((logits_BV - logits_BV.amax(1, keepdim=True)) / temperature).exp_()
-    weights_BKN = F.pad(weights_BV, (0, -tokens % DRAW_BLOCK)).view(count, -1, DRAW_BLOCK)
-    sums_BK = weights_BKN.sum(-1, dtype=torch.float64).cumsum(1)
+    weights_BV = (logits_BV - logits_BV.amax(1, keepdim=True)).div_(temperature).exp_()
+    if tokens % DRAW_BLOCK:
+        weights_BV = F.pad(weights_BV, (0, -tokens % DRAW_BLOCK))
+    weights_BKN = weights_BV.view(count, -1, DRAW_BLOCK)
+    sums_BK = weights_BKN.sum(-1).double().cumsum(1)
     block_B1, rest_B1 = _invert(sums_BK, uniform_B[:, None] * sums_BK[:, -1:])
     chosen_BN = weights_BKN[torch.arange(count), block_B1[:, 0]].double().cumsum(1)
     place_B1, _ = _invert(chosen_BN, rest_B1)

@@ -80,10 +80,8 @@ def test_lean_steps_equal_the_plain_model(
 def test_many_rows_equal_the_plain_model(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
-    # More rows than are multiplied at once, and prompts that are computed in several pieces.
-    monkeypatch.setattr(decoding, "PACKED_ROWS", 7)
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 12)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: packed)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 12)  # prompts are computed in several pieces
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: packed)
     steps_agree(build(tokenizer), PROMPTS * 4, keep_depth=1)
 
 
