@@ -6,12 +6,12 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+
+from rlhf_core.matrices import Matrix
 
 GEMM = 2048  # rows, columns and depth of the product that is taken for the peak
 COPY_BYTES = 1 << 28
 REPEATS = 9
-PACKED_FOR = 64  # as rlhf_core/decoding.py lays matrices out
 
 
 def timed(work: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -26,9 +26,10 @@ def timed(work: Callable[[], object], repeats: int = REPEATS) -> float:
 
 
 def peak_gflops(size: int = GEMM) -> float:
-    """GFLOP/s of one large square product in float32."""
+    """GFLOP/s of one large square product in float32, by whatever multiplies it faster, plain or laid out."""
     one, two = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / timed(lambda: one @ two) / 1e9
+    laid_out = Matrix(two)
+    return 2 * size**3 / min(timed(lambda: one @ two), timed(lambda: laid_out(one))) / 1e9
 
 
 def bandwidth_gb_s(size: int = COPY_BYTES) -> float:
@@ -52,13 +53,7 @@ def products_seconds(shapes: list[tuple[int, int]], rows: int) -> dict[str, floa
         "plain": timed(lambda: [F.linear(x, w) for x, w in zip(inputs, weights, strict=True)]),
         "transposed": timed(lambda: [x @ w for x, w in zip(inputs, turned, strict=True)]),
     }
-    if torch.backends.mkl.is_available():
-        packed = [torch.ops.mkl._mkl_reorder_linear_weight(weight, PACKED_FOR) for weight in weights]
-
-        def prepacked() -> list[Tensor]:
-            return [
-                torch.ops.mkl._mkl_linear(x, p, w, None, rows) for x, p, w in zip(inputs, packed, weights, strict=True)
-            ]
-
-        found["prepacked"] = timed(prepacked)
+    packed = [Matrix(weight) for weight in weights]
+    if all(matrix.packed is not None for matrix in packed):
+        found["prepacked"] = timed(lambda: [matrix(x) for matrix, x in zip(packed, inputs, strict=True)])
     return found

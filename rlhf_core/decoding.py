@@ -210,9 +210,7 @@ class Lean:
         self.keys[index, :count, :, column], self.values[index, :count, :, column] = key, value
         # Query heads that share keys are so many queries of one head. Plain products, since SDPA is for long queries.
         keys, values = (part[index, :count, :, : column + 1].flatten(0, 1) for part in (self.keys, self.values))
-        scores = torch.baddbmm(
-            hides, query.reshape(len(keys), -1, self.width), keys.mT, alpha=self.width**-0.5
-        )
+        scores = torch.baddbmm(hides, query.reshape(len(keys), -1, self.width), keys.mT, alpha=self.width**-0.5)
         return self._mix(layer, hidden_LD, torch.bmm(scores.softmax(-1), values).view(count, -1))
 
     def _hides(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Matrix products on a CPU, and a low-rank adapter in one step with the matrix that it stands on.
 
-On a CPU a matrix product is most of the work. oneDNN is faster at it than what PyTorch takes by itself where a matrix was
-laid out for it beforehand, which a frozen one can be once for all. The numbers are those of `torch.nn.functional.linear`
-and of PEFT up to float32's rounding; elsewhere than on a CPU in float32 they are PyTorch's and PEFT's own.
+On a CPU a matrix product is most of the work. oneDNN is faster at it than what PyTorch takes by itself where a matrix
+was laid out for it beforehand, which a frozen one can be once for all. The numbers are those of PyTorch and PEFT up to
+float32's rounding; elsewhere than on a CPU in float32 they are theirs to the bit.
 """
 
 from types import MethodType
@@ -41,9 +41,9 @@ def quicken(model: nn.Module) -> None:
     """Let every linear layer of a model, adapters included, multiply in this module's way. Twice is as once."""
     for name, module in model.named_modules():
         if type(module) is nn.Linear and ".lora_" not in name:  # an adapter's own are far too thin
-            module.forward = MethodType(_linear, module)
+            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
         elif type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
-            module.forward = MethodType(_adapted, module)
+            module.forward = MethodType(_adapted, module)  # type: ignore[method-assign]
 
 
 def _linear(self: nn.Linear, rows: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class _Product(torch.autograd.Function):
     """rows @ (weight + scaling × up @ down).T + bias, the adapter's part without making the sum."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None,
         scaling: float,
     ) -> Tensor:  # fmt: skip
@@ -86,7 +86,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, down, up, low_NR = ctx.saved_tensors
         flat_ND, of_NE = rows.reshape(-1, rows.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         wanted = ctx.needs_input_grad
@@ -107,8 +107,8 @@ class _Product(torch.autograd.Function):
         return to_rows, to_weight, to_bias, to_down, to_up, None
 
 
-# weight -> whether it is turned -> (its version then, laid out); only of weights that do not learn: those that do change
-# with every step, and are laid out for each product, lest what is computed hang on whether a weight learns.
+# weight -> whether it is turned -> (its version then, laid out); only of weights that do not learn. Those that do
+# change in every step, and are laid out for each product, lest what is computed hang on whether a weight learns.
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
