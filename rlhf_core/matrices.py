@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:  # fmt: skip
         flat_ND = rows.reshape(-1, rows.shape[-1])
-        found_NE = _laid_out(weight)(flat_ND, bias)
+        found_NE = laid_out(weight)(flat_ND, bias)
         low_NR = None
         if down is not None and up is not None:
             low_NR = flat_ND @ down.t()
@@ -96,7 +96,7 @@ class _Product(torch.autograd.Function):
             to_down = of_low_NR.t() @ flat_ND if wanted[3] else None
             to_up = (of_NE.t() @ low_NR).mul_(ctx.scaling) if wanted[4] else None
         if wanted[0]:
-            to_rows = _laid_out(weight, turned=True)(of_NE)
+            to_rows = laid_out(weight, turned=True)(of_NE)
             if of_low_NR is not None:
                 to_rows.addmm_(of_low_NR, down)
             to_rows = to_rows.view_as(rows)
@@ -112,7 +112,8 @@ class _Product(torch.autograd.Function):
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _laid_out(weight: Tensor, *, turned: bool = False) -> Matrix:
+def laid_out(weight: Tensor, *, turned: bool = False) -> Matrix:
+    """The matrix that multiplies by `weight.T`, or turned, by `weight`; that of a frozen weight is kept."""
     of_weight = _made.setdefault(weight, {}) if not weight.requires_grad else {}
     version, made = of_weight.get(turned, (None, None))
     if made is None or version != weight._version:

@@ -29,8 +29,7 @@ from rlhf_core.base import set_pad
 from rlhf_core.config import Training
 from rlhf_core.errors import MissingArtifact
 from rlhf_core.folding import Fold, alike, batches, fold_rows
-from rlhf_core.functional import entropy as token_entropy
-from rlhf_core.functional import token_logprobs
+from rlhf_core.head import said
 from rlhf_core.matrices import quicken
 
 REFERENCE = "reference"
@@ -38,7 +37,6 @@ REFERENCE = "reference"
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 SCORED_ROWS = 8  # rows in one forward pass when responses are scored
-LOGIT_TOKENS = 512  # how many tokens' logits are made at once; V is about 50,000
 
 
 class Packed(NamedTuple):
@@ -378,22 +376,9 @@ class Roles(nn.Module):
         # Both masks name the same tokens row by row, so their True entries pair up in order.
         hidden_ND, ids_N = self._predicting(trunk, role, hidden_BSD), ids_BT[mask_BT]
         head = self._model_of(role).get_output_embeddings()
-
-        def said(part_ND: Tensor, part_N: Tensor) -> tuple[Tensor, Tensor]:
-            logits_1NV = head(part_ND)[None]
-            logprobs_N = token_logprobs(logits_1NV, part_N[None], temperature=temperature)[0]
-            return logprobs_N, token_entropy(logits_1NV, temperature=temperature)[0] if entropy else logprobs_N
-
-        found, spread = [], []
-        # Logits only where they are needed and some tokens at a time: (B, S, V) is never held, nor kept for the
-        # gradient, which computes the logits of more than one part again.
-        again = len(hidden_ND) > LOGIT_TOKENS and torch.is_grad_enabled()
-        for part in zip(hidden_ND.split(LOGIT_TOKENS), ids_N.split(LOGIT_TOKENS), strict=True):
-            logprobs_N, entropy_N = checkpoint(said, *part, use_reentrant=False) if again else said(*part)
-            found.append(logprobs_N)
-            spread.append(entropy_N)
-        logprobs_BT = _spread(torch.cat(found), mask_BT)
-        return logprobs_BT, _spread(torch.cat(spread), mask_BT) if entropy else None
+        found = said(head, hidden_ND, ids_N, temperature=temperature, entropy=entropy)
+        logprobs_BT = _spread(found.logprobs_N, mask_BT)
+        return logprobs_BT, None if found.entropy_N is None else _spread(found.entropy_N, mask_BT)
 
     def values(self, trunk: Trunk, role: str, mask_BT: Tensor, *, hidden_BSD: Tensor | None = None) -> Tensor:
         """(B, T) raw outputs of the role's scalar head before each response token is emitted; 0 under a False mask."""

@@ -65,7 +65,7 @@ def test_imports_go_down_and_tools_have_one_owner(path: Path) -> None:
 # Modules of rlhf_core that decide no number of a stage, though it imports them, and why.
 ALLOWED = {
     # Only where a model's folder is found.
-    "prepare": {"models", "folding", "functional", "matrices", "processes", "unpadding"},
+    "prepare": {"models", "folding", "functional", "head", "matrices", "processes", "unpadding"},
     "sft": {"base"},  # what it did lies in artifacts/base; so for the stages after
     "reward": {"base"},
     # The code of judges: a run with the reward model, the usual one, need not be repeated for it. DVC watches the
@@ -77,6 +77,7 @@ ALLOWED = {
         "models",
         "folding",
         "functional",
+        "head",
         "matrices",
         "processes",
         "base",

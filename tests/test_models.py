@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_core import models
+from rlhf_core import head
 from rlhf_core.errors import MissingArtifact
 from rlhf_core.models import (
     REFERENCE,
@@ -288,7 +288,7 @@ def test_a_pad_id_inside_a_response_is_an_ordinary_token(
 def test_logprobs_and_entropy_are_those_of_the_plain_model(
     family: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "LOGIT_TOKENS", 3)  # pieces that end in the middle of a row
+    monkeypatch.setattr(head, "LOGIT_TOKENS", 3)  # pieces that end in the middle of a row
     prompts, responses = (
         [row[: 1 + n] for n, row in enumerate(ROWS[:2])],
         [row[1 + n :] for n, row in enumerate(ROWS[:2])],
@@ -325,7 +325,7 @@ def test_logits_of_several_parts_are_not_kept_for_the_gradient(
     packed = pack([row[:2] for row in ROWS[:2]], [row[2:] for row in ROWS[:2]], 0)
     found: dict[int, list[Tensor]] = {}
     for tokens in (100, 3):
-        monkeypatch.setattr(models, "LOGIT_TOKENS", tokens)
+        monkeypatch.setattr(head, "LOGIT_TOKENS", tokens)
         kept: list[int] = []
         roles = Roles(llama, section("ppo"))
         torch.manual_seed(0)
