@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,22 +32,33 @@ class LoopState(NamedTuple):
     generator: torch.Generator | None = None
 
 
+class Unsaved:
+    """Whether a stage has done steps that no checkpoint holds, and what shall be done once one does."""
+
+    def __init__(self) -> None:
+        self.steps = False
+        self.then: Callable[[], None] | None = None
+
+
 class Checkpoints:
     """The checkpoints of one loop in a folder of its own.
 
     Args:
         folder: where they lie; None keeps none.
         writes: False in all processes of a loop but one; they only go on from what that one wrote.
+        unsaved: shared by the loops of a stage. With `then` set, the next checkpoint offered is written however long
+            that takes, and `then` called.
     """
 
-    def __init__(self, folder: Path | None = None, *, writes: bool = True) -> None:
+    def __init__(self, folder: Path | None = None, *, writes: bool = True, unsaved: Unsaved | None = None) -> None:
         self.folder = folder
         self.writes = writes
+        self.unsaved = unsaved or Unsaved()
         self._allowed_from = 0.0  # when the next one may be written
 
     def below(self, name: str) -> "Checkpoints":
         """Those of another loop of the same stage."""
-        return Checkpoints(self.folder and self.folder / name, writes=self.writes)
+        return Checkpoints(self.folder and self.folder / name, writes=self.writes, unsaved=self.unsaved)
 
     def offer(self, step: int, state: LoopState, values: Mapping[str, Any], *, score: float | None = None) -> bool:
         """Write a checkpoint, unless writing would take more of the loop's time than it may.
@@ -61,7 +72,11 @@ class Checkpoints:
             Whether it was written.
         """
         began = time.monotonic()
-        if self.folder is None or not self.writes or began < self._allowed_from:
+        if self.folder is None or not self.writes:
+            return False
+        then = self.unsaved.then
+        if began < self._allowed_from and then is None:
+            self.unsaved.steps = True
             return False
         tensors = {f"{name}.{i}": tensor for name, group in state.tensors.items() for i, tensor in enumerate(group)}
         for name, optimiser in state.optimisers.items():
@@ -84,6 +99,9 @@ class Checkpoints:
         self._drop_old()
         ended = time.monotonic()
         self._allowed_from = ended + (ended - began) * (1 / LARGEST_SHARE - 1)
+        self.unsaved.steps = False
+        if then is not None:
+            then()
         return True
 
     def restore(self, state: LoopState) -> dict[str, Any] | None:

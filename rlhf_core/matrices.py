@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Matrix:
@@ -107,16 +106,13 @@ class _Product(torch.autograd.Function):
         return to_rows, to_weight, to_bias, to_down, to_up, None
 
 
-# weight -> whether it is turned -> (its version then, laid out); only of weights that do not learn. Those that do
-# change in every step, and are laid out for each product, lest what is computed hang on whether a weight learns.
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def laid_out(weight: Tensor, *, turned: bool = False) -> Matrix:
     """The matrix that multiplies by `weight.T`, or turned, by `weight`; that of a frozen weight is kept."""
-    of_weight = _made.setdefault(weight, {}) if not weight.requires_grad else {}
-    version, made = of_weight.get(turned, (None, None))
+    # Weights that learn change in every step. They are laid out for each product all the same, lest what is computed
+    # hang on whether a weight learns. What is kept, as an attribute of the weight, is not copied with it.
+    kept = {} if weight.requires_grad else weight.__dict__.setdefault("_laid_out", {})
+    version, made = kept.get(turned, (None, None))
     if made is None or version != weight._version:
         made = Matrix(weight.t() if turned else weight)
-        of_weight[turned] = (weight._version, made)
+        kept[turned] = (weight._version, made)
     return made

@@ -28,7 +28,7 @@ import yaml
 
 from rlhf_core.config import Params, check_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError
-from tasks.environment import PUTS_BACK
+from tasks.environment import PUTS_BACK, STOP_PATIENCE_SECONDS
 from tasks.mending import mend
 
 STAGES = ("prepare", "sft", "reward", "ppo", "dpo", "evaluate", "people")
@@ -38,7 +38,8 @@ LOCK_PATIENCE_SECONDS = 10.0  # DVC's own repository lock is held for moments, u
 NOISE = ("Use `dvc push`", "To track the changes with git", "To enable auto staging", "Updating lock file",
          "Generating lock file", "Data and pipelines are up to date", "\tgit add")  # fmt: skip
 LAUNCHERS_WORDS = re.compile(r"\[rank\d+\]|[WE]\d{4} |Traceback ")  # of torchrun, once one of its processes has failed
-TERM_GRACE_SECONDS = 10.0  # what a stage has to mark its MLflow run and go
+# A stage's time to save itself, to mark its MLflow run and go; less than the 30 s that Prefect leaves a cancelled run.
+TERM_GRACE_SECONDS = STOP_PATIENCE_SECONDS + 10.0
 
 
 class Outcome(StrEnum):

@@ -32,13 +32,13 @@ from filelock import FileLock, Timeout
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError, RLHFError, TrainingDiverged
 from rlhf_core.tracking import NullTracker, Tracker
-from tasks.environment import PUTS_BACK, project_root, state_folder, workspace_root
+from tasks.environment import PUTS_BACK, STOP_PATIENCE_SECONDS, project_root, state_folder, workspace_root
 from tasks.lineage import StageEntry, Workspace, flat_metrics, flat_params, git_state, metric_name, project_state
 from tasks.preflight import run_disk_gb
 from tasks.tracking import MLflowTracker, Parent
 
 if TYPE_CHECKING:
-    from rlhf_core.checkpoints import Checkpoints
+    from rlhf_core.checkpoints import Checkpoints, Unsaved
 
 ENDED = "ended"  # in a folder of checkpoints: the journal of the run that ended well
 IN_USE = "lock"  # in a folder of checkpoints: held by the process that writes there
@@ -131,6 +131,7 @@ class StageRun:
     _entry: StageEntry | None
     _workspace: Workspace | None
     _place: Path | None  # of its checkpoints; None where nothing is saved
+    _stopping: "Stopping"
     _final: dict[str, Any] | None = field(default=None)
 
     @property
@@ -141,9 +142,11 @@ class StageRun:
     @property
     def checkpoints(self) -> "Checkpoints":
         """Where a loop saves itself, and goes on from: outside DVC's outputs, and of this very configuration only."""
-        from rlhf_core.checkpoints import Checkpoints  # torch, which the flow and stage prepare can do without
+        from rlhf_core.checkpoints import Checkpoints, Unsaved  # torch, which the flow and stage prepare do without
 
-        return Checkpoints(self._place, writes=self.main)
+        if self._stopping.unsaved is None and not _many_processes():  # several would stop at different steps
+            self._stopping.unsaved = Unsaved()
+        return Checkpoints(self._place, writes=self.main, unsaved=self._stopping.unsaved)
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Record values named `stage/quantity` at a step."""
@@ -211,8 +214,9 @@ def stage_run(stage: str, deps: Sequence[str | Path] = (), *, torch: bool = True
         torch: make torch deterministic.
     """
     try:
-        with _signals():
-            yield from _run(stage, deps, torch)
+        stopping = Stopping()
+        with stopping.heeded():
+            yield from _run(stage, deps, torch, stopping)
     except Killed as killed:
         print(
             f"{stage} was stopped by {killed}; running it again goes on from its last checkpoint, if it wrote one.",
@@ -242,7 +246,7 @@ def _say_what_dvc_took(stage: str) -> None:
             )
 
 
-def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageRun]:
+def _run(stage: str, deps: Sequence[str | Path], torch: bool, stopping: "Stopping") -> Iterator[StageRun]:
     _die_with_the_launcher()
     params = load_params()
     check_disk()
@@ -267,7 +271,7 @@ def _run(stage: str, deps: Sequence[str | Path], torch: bool) -> Iterator[StageR
         if isinstance(sink, MLflowTracker) and (lost := _ended(stage, run_key)):
             sink.replaces(lost)
     history = History(place / "history.jsonl" if main and place else None)
-    run = StageRun(stage, params, run_key, main, sink, history, entry, workspace, place)
+    run = StageRun(stage, params, run_key, main, sink, history, entry, workspace, place, stopping)
     status = "FAILED"
     try:
         with _as_resource_error(stage), _keeping_what_diverged(stage):
@@ -548,21 +552,43 @@ def _keeping_what_diverged(stage: str) -> Iterator[None]:
         raise TrainingDiverged(f"{error} The batch it came from is in {kept}.", error.batch) from error
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGINT become Killed, once; what comes while the run is being closed is ignored."""
+class Stopping:
+    """SIGTERM and SIGINT become Killed, once; what comes while the run is being closed is ignored.
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    At once, unless steps are done that no checkpoint holds: then after the step that is under way and its checkpoint,
+    or when patience ends.
+    """
+
+    def __init__(self) -> None:
+        self.unsaved: Unsaved | None = None
+        self._before: dict[int, Any] = {}  # handlers that were there
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Heed the signals inside, and give back what heeded them before."""
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            if signal.SIGALRM in self._before:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
-        raise Killed(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def stop(*_: Any) -> None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Killed(number)
+
+        if self.unsaved is None or not self.unsaved.steps:
+            stop()
+        print("Stopping after this step, which is saved first.", file=sys.stderr, flush=True)
+        self.unsaved.then = stop
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, STOP_PATIENCE_SECONDS)
 
 
 def make_deterministic() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_core import checkpoints as module
-from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState
+from rlhf_core.checkpoints import NO_CHECKPOINTS, Checkpoints, LoopState, Unsaved
 from rlhf_core.dpo import Preference, pairs_of, train_dpo
 from rlhf_core.models import Roles, TrunkCache
 from rlhf_core.ppo import POLICY, REWARD, VALUE, add_roles, train_ppo
@@ -160,6 +160,25 @@ def test_writing_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeyp
             written.append(step)
         now += 1.0
     assert written == [1, 20, 39]  # a second of writing for every nineteen of work
+
+
+def test_who_has_to_stop_is_told_when_all_that_is_done_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LARGEST_SHARE", 1e-9)  # one checkpoint, and then none for days
+    unsaved = Unsaved()
+    saved = Checkpoints(tmp_path, unsaved=unsaved).below("loop")
+    told: list[int] = []
+    assert saved.offer(1, loop(1), {"step": 1})
+    assert not unsaved.steps
+    assert not saved.offer(2, loop(2), {"step": 2})
+    assert unsaved.steps
+    unsaved.then = lambda: told.append(len(list((tmp_path / "loop").glob("step-*"))))
+    assert saved.offer(3, loop(3), {"step": 3})
+    assert told == [2]
+    assert not unsaved.steps
+    assert saved.restore(loop(4)) == {"step": 3}
+    assert not Checkpoints(unsaved=unsaved).offer(4, loop(4), {})  # where nothing is saved, nothing can be waited for
 
 
 # ---- the loops -------------------------------------------------------------------------------------------------------

@@ -30,12 +30,12 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("stage", "seconds", "overrides"),
     [
-        ("ppo", 70.0, ["ppo.reward=judge"]),
-        ("sft", 10.0, ["ppo.reward=judge"]),
-        ("ppo", 10.0, []),
-        ("constitution", 70.0, ["constitution.critic=judge"]),
-        ("principles", 70.0, ["constitution.annotator=judge"]),
-        ("ppo", 10.0, ["ppo.reward=judge", "judge.kind=local", "judge.url=''"]),
+        ("ppo", 60.0, ["ppo.reward=judge"]),
+        ("sft", 0.0, ["ppo.reward=judge"]),
+        ("ppo", 0.0, []),
+        ("constitution", 60.0, ["constitution.critic=judge"]),
+        ("principles", 60.0, ["constitution.annotator=judge"]),
+        ("ppo", 0.0, ["ppo.reward=judge", "judge.kind=local", "judge.url=''"]),
     ],
 )
 def test_a_stage_that_asks_an_endpoint_has_time_to_keep_its_answers(
@@ -44,8 +44,8 @@ def test_a_stage_that_asks_an_endpoint_has_time_to_keep_its_answers(
     (tmp_path / "params.yaml").write_bytes((PROJECT / "params.yaml").read_bytes())
     endpoint = ["judge.kind=endpoint", "judge.url=http://127.0.0.1:9/v1", "judge.timeout=60"]
     apply_overrides([*endpoint, *overrides], root=tmp_path)
-    assert pipeline.grace_of(stage, tmp_path) == seconds
-    assert pipeline.grace_of(stage, tmp_path / "none") == 10.0
+    assert pipeline.grace_of(stage, tmp_path) == pipeline.TERM_GRACE_SECONDS + seconds
+    assert pipeline.grace_of(stage, tmp_path / "none") == pipeline.TERM_GRACE_SECONDS
 
 
 def test_tells_ran_skipped_and_cached_apart(toy: Path) -> None:

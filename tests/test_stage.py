@@ -22,6 +22,8 @@ from stores import PROJECT, sqlite_store
 from toy import dvc, init_dvc
 
 from flows.server import prepare_prefect
+from rlhf_core import checkpoints
+from rlhf_core.checkpoints import Checkpoints, LoopState
 from rlhf_core.errors import DataError, ResourceError, TrainingDiverged
 from tasks import stage as stage_module
 from tasks.environment import prepare_environment, project_root, state_folder, workspace_root
@@ -189,6 +191,47 @@ with stage_run("ppo", torch=False) as run:
     assert f"ppo was stopped by {number.name}" in said
     assert "Traceback" not in said
     assert of_stage("ppo").info.status == "KILLED"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_is_stopped_saves_what_is_done_first(
+    project: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "LARGEST_SHARE", 1e-9)  # one checkpoint, and then none for days
+    done: list[int] = []
+
+    def training() -> None:
+        with stage_run("ppo", torch=False) as run:
+            saved = Checkpoints(tmp_path / "saved", unsaved=run.checkpoints.unsaved)
+            for step in range(1, 9):
+                done.append(step)
+                if step == 4:
+                    os.kill(os.getpid(), number)
+                    os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, after the terminal's
+                saved.offer(step, LoopState({}, {}), {"step": step})
+
+    with pytest.raises(SystemExit) as exit_:
+        training()
+    assert exit_.value.code == 128 + number
+    assert done == [1, 2, 3, 4]
+    assert Checkpoints(tmp_path / "saved").restore(LoopState({}, {})) == {"step": 4}
+    assert of_stage("ppo").info.status == "KILLED"
+
+
+def test_a_stage_that_is_stopped_waits_for_no_step_for_ever(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "STOP_PATIENCE_SECONDS", 0.1)
+
+    def training() -> None:
+        with stage_run("ppo", torch=False) as run:
+            run.checkpoints.unsaved.steps = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    before, began = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(SystemExit):
+        training()
+    assert time.monotonic() - began < 20
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_signal_handlers_are_given_back(project: Path) -> None:
