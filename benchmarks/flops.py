@@ -134,11 +134,11 @@ def ppo_ours(
 ) -> int:
     """One update: roles with adapters in the top `layers`, the layers below kept in sampling.
 
-    Four roles look at the rollouts once (policy, reference, value, reward); policy and value learn from them. Where the
-    value model is a head on the policy (`shared`), what the policy computes is its own too. The gold model looks too,
-    at every `watch_every`th update, so this is the mean over updates; 0 is never.
+    Reference, value and reward model look at the rollouts once, the policy while it samples; policy and value learn
+    from them. Where the value model is a head on the policy (`shared`), what the policy computes is its own too. The
+    gold model looks too, at every `watch_every`th update, so this is the mean over updates; 0 is never.
     """
-    roles = 3 if shared else 4
+    roles = 2 if shared else 3
     one = forward(shape, layers, rows.tokens, rows.seen, adapter=True)
     look = roles * one + 2 * head(shape, rows.answered) + (one // watch_every if watch_every else 0)
     policy = learn(shape, layers, rows.tokens, rows.seen, full=False) + 2 * head(shape, rows.answered)

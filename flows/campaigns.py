@@ -17,7 +17,7 @@ AnnotatorName = Annotated[
     str | None,
     typer.Option(
         metavar="WHO",
-        help="Who judges: people, judge (section judge of params.yaml), or a rule such as rule:short; "
+        help="Who judges: people, judge or ai (section judge of params.yaml), or a rule such as rule:short; "
         "preferences.annotator if not given.",
     ),
 ]

@@ -51,7 +51,7 @@ from tasks.pipeline import find_root, version_data, workspace_lock
 from tasks.stage import check_disk, write_json
 from tasks.tracking import pipeline_run, write_metrics, write_summary
 
-PEOPLE, JUDGE = "people", "judge"
+PEOPLE, JUDGE = "people", ("judge", "ai")  # the last two are one
 
 
 @flow(name="online", persist_result=False)
@@ -155,7 +155,7 @@ def _check_kinds(campaign: Campaign) -> None:
 
 def check_annotator(name: str) -> None:
     """ConfigError where there is no annotator of that name."""
-    if name not in (PEOPLE, JUDGE):
+    if name not in (PEOPLE, *JUDGE):
         if not name.startswith("rule:"):
             raise ConfigError(f"Found annotator {name!r}, expected people, judge or rule:NAME.")
         rule(name.removeprefix("rule:"))
@@ -170,7 +170,7 @@ def open_annotator(name: str, number: int, params: Params) -> Annotator:
     Raises:
         RLHFError: there is none, or its agreement with known rankings is below `judge.bar`.
     """
-    if name != JUDGE:
+    if name not in JUDGE:
         return rule(name.removeprefix("rule:"), seed=number)
     from rlhf_core.data import load_prepared
     from rlhf_core.feedback.judges import admit, open_judge

@@ -463,9 +463,9 @@ class Preferences(Section):
 
     round: int = Field(ge=0, description="Number of the campaign's round, by which runs are compared; 0 outside one.")
     annotator: str = Field(
-        pattern=r"^(people|judge|rule:.+)$",
+        pattern=r"^(people|judge|ai|rule:.+)$",
         description="Who ranks the answers unless `--annotator` says another: people on the pages of rlhf feedback; "
-        "judge, the AI of section judge; or rule:NAME.",
+        "judge or ai, the model of section judge; or rule:NAME.",
     )
     seed: int = Field(ge=0, description="Seeds the choice of prompts and the sampling.")
     policy: str = Field(description="Folder of the policy that answers.")

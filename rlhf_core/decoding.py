@@ -39,17 +39,29 @@ class Decoder(Protocol):
     def states(self) -> list[Tensor] | None:
         """(length, D) hidden states below layer `keep_depth` of each prompt with its response, where they were kept."""
 
+    def tops(self) -> list[Tensor] | None:
+        """(length, D) last hidden states, final norm included, before each token of each response, where kept."""
 
-def decoder(model: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, pad_id: int, keep_depth: int) -> Decoder:
+
+def decoder(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    keep_depth: int,
+    keep_tops: bool = False,
+) -> Decoder:
     """The fastest one that fits the model.
 
     Args:
         model: a causal language model in eval mode; adapters that are on have their say.
         max_tokens: how many tokens a row may grow by.
         keep_depth: below which layer the hidden states are kept, 0 for none.
+        keep_tops: whether the last ones are.
     """
     if is_lean(model):
-        return Lean(model, prompts, max_tokens=max_tokens, keep_depth=keep_depth)
+        return Lean(model, prompts, max_tokens=max_tokens, keep_depth=keep_depth, keep_tops=keep_tops)
     return Plain(model, prompts, pad_id=pad_id)
 
 
@@ -101,6 +113,9 @@ class Plain:
     def states(self) -> list[Tensor] | None:
         return None
 
+    def tops(self) -> list[Tensor] | None:
+        return None
+
 
 class Lean:
     """A Llama, cut down to what sampling needs.
@@ -109,7 +124,15 @@ class Lean:
     Rows that have finished leave at once: one of the last ones moves into the gap, so that those left lie together.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, keep_depth: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        keep_depth: int,
+        keep_tops: bool = False,
+    ) -> None:
         self.model, self.config, self.prompts = model, model.config, [list(prompt) for prompt in prompts]
         self.weights, self.depth = _weights_of(model), keep_depth
         weight: Tensor = model.get_input_embeddings().weight
@@ -123,6 +146,8 @@ class Lean:
         shape = (len(self.weights.layers), count, self.groups, columns, self.width)
         self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
         self.kept = weight.new_zeros((count, columns, weight.shape[1])) if keep_depth else None
+        self.last = weight.new_zeros((count, max_tokens, weight.shape[1])) if keep_tops else None
+        self.lasting = [1] * count  # how many of a row's last states there are
         self.ends = [self.column] * count
         positions = torch.arange(columns, device=self.device)
         cos, sin = model.base_model.rotary_emb(weight, positions[None])
@@ -137,6 +162,8 @@ class Lean:
         for part in _pieces(sorted(rows_of, key=len)):
             for hidden_D, key in zip(self._prefill(part, [rows_of[key] for key in part]), part, strict=True):
                 last_LD[rows_of[key]] = hidden_D
+        if self.last is not None:
+            self.last[:, 0] = last_LD
         return self.weights.head(last_LD)
 
     def step(self, tokens_L: Tensor, running_L: Tensor) -> Tensor:
@@ -147,7 +174,13 @@ class Lean:
         for layer in range(self.depth, len(self.weights.layers)):
             hidden_LD = self._layer(layer, hidden_LD, hides)
         self.column += 1
-        return self.weights.head(self._norm(hidden_LD, self.weights.norm))
+        hidden_LD = self._norm(hidden_LD, self.weights.norm)
+        if self.last is not None:
+            place = self.column - max(map(len, self.prompts))
+            self.last[self.rows_L.to(self.device), place] = hidden_LD
+            for row in self.rows_L.tolist():
+                self.lasting[row] = place + 1
+        return self.weights.head(hidden_LD)
 
     def end(self, tokens_L: Tensor) -> None:
         if self.depth:
@@ -158,6 +191,11 @@ class Lean:
             return None
         first = max(map(len, self.prompts))
         return [self.kept[row, first - len(prompt) : self.ends[row]].clone() for row, prompt in enumerate(self.prompts)]
+
+    def tops(self) -> list[Tensor] | None:
+        if self.last is None:
+            return None
+        return [self.last[row, :count].clone() for row, count in enumerate(self.lasting)]
 
     # ---- inside
 

@@ -215,6 +215,7 @@ def train_ppo(
             pad_id=tokenizer.pad_token_id,
             generator=generator,
             keep_depth=roles.depth,
+            keep_tops=True,
         )
         rollouts, metrics, scores_B = measure_rollouts(
             roles, sampled, config, kl_coef=controller.coef, score=score, moments=moments,
@@ -343,7 +344,7 @@ def measure_rollouts(
     responses = sampled.responses()
     packed = pack([sampled.prompts[row] for row in own], [responses[row] for row in own], 0)
     trunk = roles.trunk(packed, states=sampled.states)
-    # In such pieces as learning will see: little is computed twice or is padding, and the rounding is the same.
+    # In such pieces as learning will see: little is computed twice or is padding.
     logprobs_BT, entropy_BT, ref_logprobs_BT, values_BT, cost_values_BT = (
         torch.zeros_like(own_mask_BT, dtype=torch.float) for _ in range(5)
     )
@@ -354,9 +355,13 @@ def measure_rollouts(
     for rows in batches(trunk.ids(), config.micro_batch_size):
         part, length = roles.folded(trunk.rows(rows)), int(own_mask_BT[rows].sum(1).max())
         answer = (own_ids_BT[rows, :length], own_mask_BT[rows, :length])
-        both_BSD = roles.hidden(part, POLICY) if config.value_network == "shared" else None
+        if sampled.tops is None:
+            policy_BSD = roles.hidden(part, POLICY)
+        else:  # the policy's layers have computed them already, while it sampled
+            policy_BSD = _laid_back([sampled.tops[row] for row in rows], part.predicts_BS)
+        both_BSD = policy_BSD if config.value_network == "shared" else None
         found, spread = roles.logprobs(
-            part, POLICY, *answer, temperature=config.temperature, entropy=True, hidden_BSD=both_BSD
+            part, POLICY, *answer, temperature=config.temperature, entropy=True, hidden_BSD=policy_BSD
         )
         assert spread is not None
         logprobs_BT[rows, :length], entropy_BT[rows, :length] = found, spread
@@ -560,6 +565,14 @@ def _next_prompt(left: list[int], count: int, generator: torch.Generator) -> int
     if not left:
         left.extend(torch.randperm(count, generator=generator).tolist())
     return left.pop(0)
+
+
+def _laid_back(tops: Sequence[Tensor], predicts_BS: Tensor) -> Tensor:
+    """(B, S, D) hidden states, those from sampling where the next token is one of a response, and 0 elsewhere."""
+    tops_ND = torch.cat(list(tops))
+    assert len(tops_ND) == int(predicts_BS.sum()), "sampling has kept the states of other responses"
+    whole_BSD = tops_ND.new_zeros((*predicts_BS.shape, tops_ND.shape[1]))
+    return whole_BSD.masked_scatter(predicts_BS[..., None], tops_ND)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -46,6 +46,8 @@ class Sampled(NamedTuple):
     # Of each row of this process (S, D) hidden states of prompt and response, where they were kept while sampling.
     states: list[Tensor] | None = None
     logprobs_BT: Tensor | None = None  # nats, of the tokens as they were sampled, where asked for; 0 past a response
+    # Of each row of this process (T, D) last hidden states that the response's tokens were drawn from, where kept.
+    tops: list[Tensor] | None = None
 
     def responses(self) -> list[list[int]]:
         """Token ids of each response, by its mask: a PAD that was sampled is a token like any other."""

@@ -32,6 +32,7 @@ def sample(
     generator: torch.Generator,
     greedy: bool | Sequence[bool] = False,
     keep_depth: int = 0,
+    keep_tops: bool = False,
     logprobs: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Sampled:
@@ -49,6 +50,7 @@ def sample(
         generator: where the random numbers come from.
         greedy: take the likeliest token instead; of some rows, where it says for each of them.
         keep_depth: keep the hidden states below this layer where that costs nothing; 0 keeps none.
+        keep_tops: keep the last hidden states of responses where that costs nothing.
         logprobs: tell the tokens' log-probs too, at this temperature also where the likeliest were taken. Before an
             update learns from them, compute them as the update will: rounding would look like a ratio.
         on_step: called with the step and the number of rows still running.
@@ -73,11 +75,12 @@ def sample(
 
     greedy_B = torch.tensor([greedy] * count if isinstance(greedy, bool) else list(greedy), dtype=torch.bool)
     uniform_TB = torch.rand((max_tokens, count), generator=generator, dtype=torch.float64)
-    own, states = processes.own(range(count)), None
+    own, states, tops = processes.own(range(count)), None, None
     if own:
         batch = decoder(
-            model, [prompts[row] for row in own], max_tokens=max_tokens, pad_id=pad_id, keep_depth=keep_depth
-        )
+            model, [prompts[row] for row in own], max_tokens=max_tokens, pad_id=pad_id, keep_depth=keep_depth,
+            keep_tops=keep_tops,
+        )  # fmt: skip
         numbers = torch.tensor(own, dtype=torch.long)
         logits_LV = batch.start()
         for step in range(max_tokens):
@@ -99,14 +102,14 @@ def sample(
                 batch.end(tokens_L)
                 break
             logits_LV = batch.step(tokens_L, running_L)
-        states = batch.states()
+        states, tops = batch.states(), batch.tops()
     out_BT, kept_BT, stopped_B, said_BT = (
         processes.place(part[own], own, count) for part in (out_BT, kept_BT, stopped_B, said_BT)
     )
     length = int(kept_BT.sum(1).max())
     rows_of_ids = [list(row) for row in prompts]
     said = said_BT[:, :length] if logprobs else None
-    return Sampled(rows_of_ids, out_BT[:, :length], kept_BT[:, :length], stopped_B, states, said)
+    return Sampled(rows_of_ids, out_BT[:, :length], kept_BT[:, :length], stopped_B, states, said, tops)
 
 
 def _next_tokens(logits_LV: Tensor, uniform_L: Tensor, temperature: float, greedy_L: Tensor) -> Tensor:

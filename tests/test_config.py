@@ -203,7 +203,7 @@ def test_a_missing_section_is_named(raw: dict[str, Any], section: str) -> None:
         ("constitution", "annotator", ""),
         ("constitution", "rounds", 0),
         ("ppo", "reward", "model"),
-        ("preferences", "annotator", "ai"),
+        ("preferences", "annotator", "robot"),
         ("gate", "max_kl", 0),
         ("gate", "min_safety_win_rate", 1.1),
         ("gate", "min_predicted", 1),

@@ -32,7 +32,7 @@ def build(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> LlamaForCausalL
 def steps_agree(model: Any, prompts: list[list[int]] = PROMPTS, *, steps: int = 6, keep_depth: int = 0) -> None:
     """Feed both ways the same tokens, let rows leave at random steps, and compare all logits and kept states."""
     generator = torch.Generator().manual_seed(0)
-    lean = decoder(model, prompts, max_tokens=steps + 1, pad_id=0, keep_depth=keep_depth)
+    lean = decoder(model, prompts, max_tokens=steps + 1, pad_id=0, keep_depth=keep_depth, keep_tops=True)
     assert isinstance(lean, Lean)
     rows, running = [list(prompt) for prompt in prompts], torch.ones(len(prompts), dtype=torch.bool)
     found_LV = lean.start()
@@ -57,6 +57,9 @@ def steps_agree(model: Any, prompts: list[list[int]] = PROMPTS, *, steps: int = 
     for states_SD, ids in zip(kept or [], rows, strict=bool(kept)):
         hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
         torch.testing.assert_close(states_SD, hidden[keep_depth][0], **EXACT)
+    for tops_TD, prompt, ids in zip(lean.tops() or [], prompts, rows, strict=True):
+        hidden_SD = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(tops_TD, hidden_SD[len(prompt) - 1 : len(ids) - 1], **EXACT)
 
 
 @pytest.mark.parametrize("keep_depth", [0, 2])

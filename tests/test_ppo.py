@@ -73,6 +73,7 @@ def roll(roles: Roles, tokenizer: PreTrainedTokenizerFast, *, temperature: float
         stop_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         generator=torch.Generator().manual_seed(1),
+        keep_tops=True,
     )
     assert 0 < found.stopped_B.float().mean().item() < 1  # some end early and some never
     assert len(set(found.mask_BT.sum(1).tolist())) > 2
@@ -142,6 +143,45 @@ def test_before_anything_is_learnt_nothing_has_moved(
     assert metrics["ppo/policy_loss"] == pytest.approx(0, abs=1e-5)
     assert metrics["ppo/value_clip_fraction"] == 0
     assert abs(metrics["ppo/kl"]) > 0.01  # to the reference, which the perturbed policy has left
+
+
+@pytest.mark.parametrize("network", ["shared", "own"])
+@pytest.mark.parametrize(("name", "spared"), [("llama", True), ("gpt2", False)])
+def test_what_the_policy_computed_while_it_sampled_is_measured_and_not_computed_again(
+    request: pytest.FixtureRequest,
+    ready: Callable[..., Roles],
+    section: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    spared: bool,
+    network: str,
+) -> None:
+    roles = ready(request.getfixturevalue(name), value_network=network)
+    perturb(roles, POLICY)
+    sampled, config = roll(roles, tokenizer, temperature=0.7), section("ppo", temperature=0.7, value_network=network)
+    assert (sampled.tops is not None) == spared
+    asked: list[str] = []
+    hidden = Roles.hidden
+
+    def counted(self: Roles, trunk: Any, role: str) -> Tensor:
+        asked.append(role)
+        return hidden(self, trunk, role)
+
+    monkeypatch.setattr(Roles, "hidden", counted)
+    ours = measure_rollouts(roles, sampled, config, kl_coef=0.1)
+    assert (POLICY in asked) == (not spared)
+    theirs = measure_rollouts(roles, sampled._replace(tops=None), config, kl_coef=0.1)
+    assert POLICY in asked
+    for part in ("old_logprobs_BT", "old_values_BT", "advantages_BT"):
+        found = [getattr(each.rollouts, part) for each in (ours, theirs)]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)  # float32
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4, abs=1e-5)
+    if spared:
+        with pytest.raises(AssertionError, match="other responses"):
+            measure_rollouts(
+                roles, sampled._replace(tops=[top_TD[1:] for top_TD in sampled.tops or []]), config, kl_coef=0
+            )
 
 
 def test_a_second_epoch_has_moved(

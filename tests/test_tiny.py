@@ -219,7 +219,7 @@ def test_another_judge_runs_nothing_where_none_is_asked(workspace: Path) -> None
 
 @pytest.mark.thorough
 def test_ppo_takes_the_judges_word_and_dvc_watches_the_judge_then(workspace: Path) -> None:
-    judge = ["ppo.reward=judge", "judge.kind=rule", "judge.bar=0", "preferences.annotator=judge"]
+    judge = ["ppo.reward=judge", "judge.kind=rule", "judge.bar=0", "preferences.annotator=ai"]
     for model in ("short", "reader"):
         apply_overrides([*judge, f"judge.model={model}"], root=workspace)
         ran = [line for line in dvc(workspace, "repro").splitlines() if line.startswith("Running stage")]
