@@ -70,7 +70,7 @@ def _rankings(file: str | None) -> "Sequence[Ranking]":
     if file is None:
         return load_prepared(Path("data/prepared"), "rankings", ["test"])
     rankings = []
-    for line, row in read_rows(file):
+    for line, row in read_rows(file, named_in="the command"):
         try:
             rankings.append(parse_ranking(row))
         except DataError as error:

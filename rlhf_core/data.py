@@ -55,11 +55,12 @@ class BadField(DataError):
 # ---- reading
 
 
-def read_rows(source: str) -> Iterator[tuple[int, Any]]:
+def read_rows(source: str, *, named_in: str = "params.yaml's section prepare") -> Iterator[tuple[int, Any]]:
     """Number and content of each row; a line that is no JSON object comes as the text it is.
 
     Args:
         source: a .jsonl, .jsonl.gz, .json or .parquet file, or hub:NAME@REVISION[:SPLIT].
+        named_in: where whoever gave a wrong name has to mend it.
 
     Raises:
         MissingArtifact: it is not there.
@@ -74,7 +75,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
         return
     path = Path(source)
     if not path.is_file():
-        raise MissingArtifact(f"Data file {source} is not there. Mend the path in params.yaml's section prepare.")
+        raise MissingArtifact(f"Data file {source} is not there. Mend the path in {named_in}.")
     if path.suffix == ".parquet":
         import datasets
 

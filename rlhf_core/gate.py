@@ -243,7 +243,14 @@ def judge_round(
             f"{config.min_win_rate:.0%}; between answers of equal length it is {in_percent(judged.equal)}"
             + ("; both gave the same answers, so that people had nothing to compare: all ties" if nothing else ""),
         ),
-        Check("kl", kl, config.max_kl, kl <= config.max_kl, f"KL to SFT {kl:.1f} nats, {config.max_kl:g} at most"),
+        Check(
+            "kl",
+            kl,
+            config.max_kl,
+            kl <= config.max_kl,
+            # An estimate may be a little below 0, which is then said as 0.0 and not as -0.0.
+            f"KL to SFT {round(kl, 1) + 0.0:.1f} nats, {config.max_kl:g} at most",
+        ),
         Check(
             "perplexity",
             ratio,

@@ -279,6 +279,8 @@ def main() -> int:
     for mutant, status in results.items():
         if os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) > 1:
             print(f"killed, by a crash or the time limit (status {status}): {mutant.name}")
+        elif status:
+            print(f"killed: {mutant.name}")
     survivors = [mutant for mutant, status in results.items() if status == 0]
     for mutant in allowed:
         print(f"equivalent ({EQUIVALENT[mutant.module, mutant.text, mutant.change]}): {mutant.name}")

@@ -104,6 +104,12 @@ def test_too_far_from_sft_is_not_promoted(policy: dict[str, float], sft: float, 
     assert not verdict.promoted
 
 
+def test_a_kl_estimated_below_zero_is_told_without_a_sign() -> None:
+    verdict = held(GOOD, {"ppo": {"kl": -0.04, "perplexity": 30.0}, "sft": {"perplexity": 30.0}})
+    assert "KL to SFT 0.0 nats" in next(check.words for check in verdict.checks if check.name == "kl")
+    assert verdict.metrics["kl"] == -0.04
+
+
 def test_a_limit_may_be_reached() -> None:
     assert held(GOOD, {"ppo": {"kl": 10.0, "perplexity": 36.0}, "sft": {"perplexity": 30.0}}).promoted
 

@@ -126,6 +126,11 @@ def test_a_file_is_taken_from_where_the_user_stands(project: Path, monkeypatch: 
         check("hub:a/b", *longest)
 
 
+def test_a_file_that_is_not_there_is_the_commands_to_mend(project: Path) -> None:
+    with pytest.raises(MissingArtifact, match=r"none\.jsonl is not there\. Mend the path in the command\."):
+        check("none.jsonl", *setting(kind="rule", model="longest"))
+
+
 def test_a_bad_row_is_named_with_its_line(project: Path) -> None:
     (project / "bad.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"bad.jsonl, line 2, row: found fields prompt, expected responses and ranks"):
