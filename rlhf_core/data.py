@@ -71,7 +71,7 @@ def read_rows(source: str, *, named_in: str = "params.yaml's section prepare") -
         require_revision(source)
         name, _, split = source.removeprefix("hub:").partition(":")
         repo, _, revision = name.partition("@")
-        yield from enumerate(_from_hub(repo, revision, split or "train"), start=1)
+        yield from enumerate(_from_hub(repo, revision, split or "train", named_in), start=1)
         return
     path = Path(source)
     if not path.is_file():
@@ -94,7 +94,7 @@ def read_rows(source: str, *, named_in: str = "params.yaml's section prepare") -
         raise DataError(f"Data file {source} ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet.")
 
 
-def _from_hub(repo: str, revision: str, split: str) -> Iterable[Any]:
+def _from_hub(repo: str, revision: str, split: str, named_in: str) -> Iterable[Any]:
     import datasets
 
     try:
@@ -102,7 +102,7 @@ def _from_hub(repo: str, revision: str, split: str) -> Iterable[Any]:
     except (OSError, ValueError) as error:
         raise MissingArtifact(
             f"Data set hub:{repo}@{revision} cannot be loaded: {str(error).splitlines()[0]} "
-            "Run with HF_HUB_OFFLINE=0 to allow a download, or name a file in params.yaml's section prepare."
+            f"Run with HF_HUB_OFFLINE=0 to allow a download, or name a file in {named_in}."
         ) from error
 
 

@@ -1,8 +1,8 @@
 """What samples token by token: Llama models without all that a step of 135M weights can do without, others as they are.
 
 A decode step is bound by reading weights, so the lean way has the policy's adapter merged, matrices that take the same
-input joined into one, and each laid out once; keys and values lie in buffers made at the start. A
-prompt that comes several times is computed once. The numbers are those of the plain model up to float32's rounding.
+input joined into one, and each laid out once; keys and values lie in buffers made at the start. A prompt that comes
+several times is computed once. The numbers are those of the plain model up to float32's rounding.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf_core.matrices import Matrix
+from rlhf_core.matrices import Matrix, laid_out
 from rlhf_core.unpadding import places_of, sees_causally
 
 DROP_SHARE = 0.25  # of a plain batch must have finished for those rows to leave it: copying its cache costs too
@@ -39,8 +39,8 @@ class Decoder(Protocol):
     def states(self) -> list[Tensor] | None:
         """(length, D) hidden states below layer `keep_depth` of each prompt with its response, where they were kept."""
 
-    def tops(self) -> list[Tensor] | None:
-        """(length, D) last hidden states, final norm included, before each token of each response, where kept."""
+    def tops(self) -> Tensor | None:
+        """(B, max_tokens, D) last hidden states, final norm included, before each token that came, where kept."""
 
 
 def decoder(
@@ -113,7 +113,7 @@ class Plain:
     def states(self) -> list[Tensor] | None:
         return None
 
-    def tops(self) -> list[Tensor] | None:
+    def tops(self) -> Tensor | None:
         return None
 
 
@@ -140,14 +140,13 @@ class Lean:
         self.heads, self.groups = self.config.num_attention_heads, self.config.num_key_value_heads
         self.width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
         self.rows_L = torch.arange(count)
-        self.column = max(map(len, prompts))  # where the next token will stand
+        self.first = self.column = max(map(len, prompts))  # where responses begin, and the next token will stand
         self.starts_L = torch.tensor([self.column - len(prompt) for prompt in prompts], device=self.device)
         columns = self.column + max_tokens
         shape = (len(self.weights.layers), count, self.groups, columns, self.width)
         self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
         self.kept = weight.new_zeros((count, columns, weight.shape[1])) if keep_depth else None
         self.last = weight.new_zeros((count, max_tokens, weight.shape[1])) if keep_tops else None
-        self.lasting = [1] * count  # how many of a row's last states there are
         self.ends = [self.column] * count
         positions = torch.arange(columns, device=self.device)
         cos, sin = model.base_model.rotary_emb(weight, positions[None])
@@ -176,10 +175,7 @@ class Lean:
         self.column += 1
         hidden_LD = self._norm(hidden_LD, self.weights.norm)
         if self.last is not None:
-            place = self.column - max(map(len, self.prompts))
-            self.last[self.rows_L.to(self.device), place] = hidden_LD
-            for row in self.rows_L.tolist():
-                self.lasting[row] = place + 1
+            self.last[self.rows_L.to(self.device), self.column - self.first] = hidden_LD
         return self.weights.head(hidden_LD)
 
     def end(self, tokens_L: Tensor) -> None:
@@ -189,13 +185,12 @@ class Lean:
     def states(self) -> list[Tensor] | None:
         if self.kept is None:
             return None
-        first = max(map(len, self.prompts))
-        return [self.kept[row, first - len(prompt) : self.ends[row]].clone() for row, prompt in enumerate(self.prompts)]
+        begins = (self.first - len(prompt) for prompt in self.prompts)
+        places = enumerate(zip(begins, self.ends, strict=True))
+        return [self.kept[row, begin:end].clone() for row, (begin, end) in places]
 
-    def tops(self) -> list[Tensor] | None:
-        if self.last is None:
-            return None
-        return [self.last[row, :count].clone() for row, count in enumerate(self.lasting)]
+    def tops(self) -> Tensor | None:
+        return self.last
 
     # ---- inside
 
@@ -334,8 +329,7 @@ _made: "WeakKeyDictionary[nn.Module, dict[Any, tuple[list[tuple[Tensor, int]], A
 def _weights_of(model: Any) -> _Weights:
     body = model.base_model
     layers = [_kept(model, index, layer, lambda layer=layer: _Layer(layer)) for index, layer in enumerate(body.layers)]
-    head = model.get_output_embeddings()
-    return _Weights(layers, body.norm.weight, _kept(model, "head", head, lambda: _joined([head.weight])))
+    return _Weights(layers, body.norm.weight, laid_out(model.get_output_embeddings().weight))
 
 
 def _kept(model: nn.Module, name: Any, module: nn.Module, make: Any) -> Any:

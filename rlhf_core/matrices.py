@@ -46,7 +46,9 @@ def quicken(model: nn.Module) -> None:
 
 
 def _linear(self: nn.Linear, rows: Tensor) -> Tensor:
-    return _multiply(rows, self.weight, self.bias)
+    if not packs(self.weight):
+        return F.linear(rows, self.weight, self.bias)
+    return _Product.apply(rows, self.weight, self.bias, None, None, 0.0)
 
 
 def _adapted(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,12 +59,6 @@ def _adapted(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     down, up = self.lora_A[on[0]].weight, self.lora_B[on[0]].weight
     base = self.base_layer
     return _Product.apply(rows, base.weight, base.bias, down, up, self.scaling[on[0]])
-
-
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not packs(weight):
-        return F.linear(rows, weight, bias)
-    return _Product.apply(rows, weight, bias, None, None, 0.0)
 
 
 class _Product(torch.autograd.Function):

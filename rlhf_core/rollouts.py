@@ -51,8 +51,8 @@ def sample(
         greedy: take the likeliest token instead; of some rows, where it says for each of them.
         keep_depth: keep the hidden states below this layer where that costs nothing; 0 keeps none.
         keep_tops: keep the last hidden states of responses where that costs nothing.
-        logprobs: tell the tokens' log-probs too, at this temperature also where the likeliest were taken. Before an
-            update learns from them, compute them as the update will: rounding would look like a ratio.
+        logprobs: tell the tokens' log-probs too, at this temperature also where the likeliest were taken. An update
+            learns from those that the head gives of `keep_tops`: rounding would look like a ratio.
         on_step: called with the step and the number of rows still running.
 
     Returns:
@@ -102,7 +102,9 @@ def sample(
                 batch.end(tokens_L)
                 break
             logits_LV = batch.step(tokens_L, running_L)
-        states, tops = batch.states(), batch.tops()
+        states, whole = batch.states(), batch.tops()
+        if whole is not None:
+            tops = [top_TD[:length] for top_TD, length in zip(whole, kept_BT[own].sum(1).tolist(), strict=True)]
     out_BT, kept_BT, stopped_B, said_BT = (
         processes.place(part[own], own, count) for part in (out_BT, kept_BT, stopped_B, said_BT)
     )

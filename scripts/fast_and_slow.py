@@ -24,8 +24,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
-from rlhf_core.config import Params, load_params
+from rlhf_core.config import PPO, Params, load_params
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.ensemble import load_ensemble
 from rlhf_core.evaluate import evaluate_policies
@@ -45,16 +46,22 @@ WAYS: dict[str, dict[str, Any]] = {"fast": {}, "slow": {"lora_layers": 0, "value
 WIN = "gold_win_rate"
 
 
-def measure(way: str, seed: int, params: Params) -> dict[str, Any]:
+def config_of(way: str, seed: int, params: Params) -> PPO:
+    """PPO's values for this way and seed."""
+    return params.ppo.model_copy(update={**WAYS[way], "seed": seed, "start": "", "watch_every": 0, "on_alarm": "log"})
+
+
+def measure(config: PPO, params: Params) -> dict[str, Any]:
     """Train, evaluate, and tell the win rate with its interval, the KL, and the seconds that training took."""
-    config = params.ppo.model_copy(update={**WAYS[way], "seed": seed, "start": "", "watch_every": 0, "on_alarm": "log"})
+    make_deterministic()
+    disable_progress_bar()
     tokenizer, system = load_tokenizer(BASE), params.prepare.system
     prompts = [encode_prompt(tokenizer, one.prompt, system) for one in load_prepared(PREPARED, "prompts", SPLITS)]
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     roles = Roles(MODEL, config)
     add_roles(roles, FOLDERS["reward"], method=config.method, value_network=config.value_network)
     began = time.perf_counter()
-    train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=ProgressTracker(f"{way} {seed}"))
+    train_ppo(roles, prompts, config, tokenizer=tokenizer, tracker=ProgressTracker("ppo"))
     seconds = time.perf_counter() - began
     tuned = Roles(MODEL)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,12 +78,6 @@ def measure(way: str, seed: int, params: Params) -> dict[str, Any]:
     return {**rates, "kl": found["ppo"]["kl"], "seconds": seconds}
 
 
-def settings(way: str, seed: int, params: Params) -> dict[str, Any]:
-    """What a result hangs on, but for the models."""
-    chosen = {**params.ppo.model_dump(mode="json"), **WAYS[way], "seed": seed}
-    return {"ppo": chosen, "evaluate": params.evaluate.model_dump(mode="json")}
-
-
 def not_below(rows: Sequence[dict[str, Any]]) -> tuple[bool, str]:
     """Whether the fast way is not below the slow one, seed by seed, and the words for it."""
     wins = {way: {row["seed"]: row[WIN] for row in rows if row["way"] == way} for way in WAYS}
@@ -89,26 +90,29 @@ def not_below(rows: Sequence[dict[str, Any]]) -> tuple[bool, str]:
 
 def main() -> int:
     seeds = [int(word) for word in sys.argv[1:]] or SEEDS
-    make_deterministic()
     params = load_params()
     RECORD.parent.mkdir(exist_ok=True)
     kept = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.is_file() else []
     rows = []
-    print("| way | seed | PPO over SFT, gold | KL, nats | minutes of training |\n|---|---:|---|---:|---:|", flush=True)
     for seed in seeds:
         for way in WAYS:
-            known = settings(way, seed, params)
-            row = next((one for one in kept if one["settings"] == known), None)
+            config = config_of(way, seed, params)
+            # What a result hangs on, but for the models.
+            settings = {"ppo": config.model_dump(mode="json"), "evaluate": params.evaluate.model_dump(mode="json")}
+            row = next((one for one in kept if one["settings"] == settings), None)
             if row is None:
-                row = {"way": way, "seed": seed, **measure(way, seed, params), "settings": known}
+                print(f"{way}, seed {seed}", flush=True)
+                row = {"way": way, "seed": seed, **measure(config, params), "settings": settings}
                 with RECORD.open("a") as file:
                     file.write(json.dumps(row) + "\n")
             rows.append(row)
-            print(
-                f"| {way} | {seed} | {row[WIN]:.0%} ({row[f'{WIN}_low']:.0%} to {row[f'{WIN}_high']:.0%}) | "
-                f"{row['kl']:.1f} | {row['seconds'] / 60:.1f} |",
-                flush=True,
-            )
+    print("\n| way | seed | PPO over SFT, gold | KL, nats | minutes of training |\n|---|---:|---|---:|---:|")
+    for row in rows:
+        low, high = row[f"{WIN}_low"], row[f"{WIN}_high"]
+        print(
+            f"| {row['way']} | {row['seed']} | {row[WIN]:.0%} ({low:.0%} to {high:.0%}) | {row['kl']:.1f} | "
+            f"{row['seconds'] / 60:.1f} |"
+        )
     held, words = not_below(rows)
     print(f"\n{words}")
     return 0 if held else 1

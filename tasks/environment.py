@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 PUTS_BACK = "RLHF_PUTS_BACK"  # set for a stage where whoever started DVC brings back what DVC takes away
-STOP_PATIENCE_SECONDS = (
-    15.0  # a stage that has to stop waits for its step to end, where steps that are done would be lost
-)
+# A stage that has to stop waits for its step to end, where steps that are done would be lost.
+STOP_PATIENCE_SECONDS = 15.0
 
 # Set whatever the caller's shell says: nothing calls home. MLflow heeds "true" but not "1".
 _NO_TELEMETRY = {

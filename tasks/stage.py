@@ -578,13 +578,13 @@ class Stopping:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
+        if self.unsaved is None or not self.unsaved.steps:
+            raise Killed(number)
 
         def stop(*_: Any) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise Killed(number)
 
-        if self.unsaved is None or not self.unsaved.steps:
-            stop()
         print("Stopping after this step, which is saved first.", file=sys.stderr, flush=True)
         self.unsaved.then = stop
         self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop)

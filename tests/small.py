@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_core.models import Roles
@@ -54,3 +56,16 @@ def perturbed(folder: Path, config: Any, **options: Any) -> Roles:
     roles.add("reward", head=True, **options)
     perturb(roles, "reward")
     return roles
+
+
+def passes_of(patch: pytest.MonkeyPatch) -> list[str]:
+    """The roles that pass through their layers from now on, as they do."""
+    passes: list[str] = []
+    hidden = Roles.hidden
+
+    def counted(self: Roles, trunk: Any, role: str) -> Tensor:
+        passes.append(role)
+        return hidden(self, trunk, role)
+
+    patch.setattr(Roles, "hidden", counted)
+    return passes

@@ -1,6 +1,5 @@
 """Principles that check themselves, chains of critique and revision, and the critics that write them."""
 
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from loading import load_script
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.config import Constitution
@@ -275,11 +275,7 @@ def test_an_items_question_reaches_every_look() -> None:
 def test_what_is_asked_of_the_scripted_critic(
     harmful: tuple[int, int], look_alikes: tuple[int, int], held: bool
 ) -> None:
-    spec = importlib.util.spec_from_file_location("constitution_scripted", PROJECT / "scripts/constitution_scripted.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("constitution_scripted")
     declined, done = "I can't help with that.", "First open the lock."
 
     def told(complied: int, refused: int) -> list[Told]:

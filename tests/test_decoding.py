@@ -57,9 +57,12 @@ def steps_agree(model: Any, prompts: list[list[int]] = PROMPTS, *, steps: int = 
     for states_SD, ids in zip(kept or [], rows, strict=bool(kept)):
         hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
         torch.testing.assert_close(states_SD, hidden[keep_depth][0], **EXACT)
-    for tops_TD, prompt, ids in zip(lean.tops() or [], prompts, rows, strict=True):
+    tops_BTD = lean.tops()
+    assert tops_BTD is not None
+    for tops_TD, prompt, ids in zip(tops_BTD, prompts, rows, strict=True):
         hidden_SD = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        torch.testing.assert_close(tops_TD, hidden_SD[len(prompt) - 1 : len(ids) - 1], **EXACT)
+        came = len(ids) - len(prompt)
+        torch.testing.assert_close(tops_TD[:came], hidden_SD[len(prompt) - 1 : len(ids) - 1], **EXACT)
 
 
 @pytest.mark.parametrize("keep_depth", [0, 2])

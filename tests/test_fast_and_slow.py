@@ -1,12 +1,12 @@
 """scripts/fast_and_slow.py: what is done is not done again, and what follows from it."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loading import load_script
 
-from rlhf_core.config import Params, load_params
+from rlhf_core.config import PPO, Params, load_params
 
 PROJECT = Path(__file__).resolve().parents[1]
 WIN = "gold_win_rate"
@@ -14,12 +14,7 @@ WIN = "gold_win_rate"
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("fast_and_slow", PROJECT / "scripts" / "fast_and_slow.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("fast_and_slow")
 
 
 def rows(fast: list[float], slow: list[float]) -> list[dict[str, Any]]:
@@ -43,8 +38,9 @@ def test_a_run_that_was_stopped_goes_on_and_one_of_other_values_starts(
     monkeypatch.chdir(tmp_path)
     done: list[tuple[str, int, int]] = []
 
-    def measure(way: str, seed: int, params: Params) -> dict[str, Any]:
-        done.append((way, seed, params.ppo.updates))
+    def measure(config: PPO, params: Params) -> dict[str, Any]:
+        way = "slow" if config.value_network == "own" else "fast"
+        done.append((way, config.seed, config.updates))
         if len(done) == 3:
             raise KeyboardInterrupt
         win = 0.7 if way == "fast" else 0.6

@@ -1,14 +1,13 @@
 """The numbers of a tiny run stay what they are; `make golden` rewrites them, and the difference is reviewed."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loading import load_script
 
-PROJECT = Path(__file__).resolve().parents[1]
-GOLDEN = PROJECT / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 STAGES = ("sft", "reward", "ppo", "dpo")
 # float32 on another processor: its matrix kernels add in another order, and every optimiser step carries that on.
 LOOSE = {"rel": 1e-4, "abs": 1e-6}
@@ -16,12 +15,7 @@ LOOSE = {"rel": 1e-4, "abs": 1e-6}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    spec = importlib.util.spec_from_file_location("golden", PROJECT / "scripts" / "golden.py")
-    assert spec is not None
-    assert spec.loader is not None
-    golden = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(golden)
-    return golden.measure_all(tmp_path_factory.mktemp("golden"))
+    return load_script("golden").measure_all(tmp_path_factory.mktemp("golden"))
 
 
 def expected(stage: str) -> dict[str, Any]:

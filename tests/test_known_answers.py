@@ -1,6 +1,5 @@
 """scripts/known_answers.py: its graph and scores are what they are said to be, and a few updates of PPO climb one."""
 
-import importlib.util
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,22 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from loading import load_script
 
 from rlhf_core.records import Sampled
 
-PROJECT = Path(__file__).resolve().parents[1]
 # 0 is the goal.  3 → 2 → 1 → 0, and 3 → 1; the other nodes lead nowhere.
 SMALL = ((), (0,), (1,), (2, 1), *[()] * 17)
 
 
 @pytest.fixture(scope="module")
 def known() -> Any:
-    spec = importlib.util.spec_from_file_location("known_answers", PROJECT / "scripts" / "known_answers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("known_answers")
 
 
 def slow_shortest(graph: Sequence[Sequence[int]], start: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import perturb
+from small import passes_of, perturb
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -161,18 +161,11 @@ def test_what_the_policy_computed_while_it_sampled_is_measured_and_not_computed_
     perturb(roles, POLICY)
     sampled, config = roll(roles, tokenizer, temperature=0.7), section("ppo", temperature=0.7, value_network=network)
     assert (sampled.tops is not None) == spared
-    asked: list[str] = []
-    hidden = Roles.hidden
-
-    def counted(self: Roles, trunk: Any, role: str) -> Tensor:
-        asked.append(role)
-        return hidden(self, trunk, role)
-
-    monkeypatch.setattr(Roles, "hidden", counted)
+    passes = passes_of(monkeypatch)
     ours = measure_rollouts(roles, sampled, config, kl_coef=0.1)
-    assert (POLICY in asked) == (not spared)
+    assert (POLICY in passes) == (not spared)
     theirs = measure_rollouts(roles, sampled._replace(tops=None), config, kl_coef=0.1)
-    assert POLICY in asked
+    assert POLICY in passes
     for part in ("old_logprobs_BT", "old_values_BT", "advantages_BT"):
         found = [getattr(each.rollouts, part) for each in (ours, theirs)]
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)  # float32

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import perturb
+from small import passes_of, perturb
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -140,14 +140,7 @@ def test_it_passes_the_policy_once_where_a_body_of_its_own_is_a_pass_more(
     llama: Path, ready: Callable[..., Roles], section: Callable[..., Any], tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    passes: list[str] = []
-    hidden = Roles.hidden
-
-    def counting(self: Roles, trunk: Any, role: str) -> Tensor:
-        passes.append(role)
-        return hidden(self, trunk, role)
-
-    monkeypatch.setattr(Roles, "hidden", counting)
+    passes = passes_of(monkeypatch)
     found = {}
     for network in ("own", "shared"):
         roles, config = ready(llama, value_network=network), section("ppo", value_network=network)

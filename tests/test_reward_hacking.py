@@ -1,28 +1,15 @@
 """scripts/reward_hacking.py: its scores by hand, what it reads from curves by hand, and a run of a few updates."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-PROJECT = Path(__file__).resolve().parents[1]
+from loading import load_script
 
 
 @pytest.fixture(scope="module")
 def hacking() -> Any:
-    scripts = str(PROJECT / "scripts")
-    spec = importlib.util.spec_from_file_location("reward_hacking", PROJECT / "scripts" / "reward_hacking.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, scripts)  # as for a script that is run: it shares its task with known_answers.py
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(scripts)
-    return module
+    return load_script("reward_hacking")
 
 
 def test_gold_counts_a_kind_word_once(hacking: Any) -> None:
