@@ -94,7 +94,8 @@ class ReportData:
             Optionally `dpo` like a policy, `dpo_vs_sft` and `ppo_vs_dpo` like a comparison, and `best_of_n`: by n as a
             string `reward`, `gold_reward` and `kl`.
         prepare, sft, reward, ppo, dpo: metrics/<stage>.json, nested as they are. Of `reward` the text uses `accuracy`,
-            `pairs`, `ece`, `ece_scaled`, `longest_wins` and optionally `temperature`; the rest stands in the appendix.
+            `pairs`, `ece`, `ece_scaled`, `longest_wins` and optionally `temperature` and `ece_by_chance`; the rest
+            stands in the appendix.
         curves: "sft", "reward", "ppo", "dpo" → rows of plots/<stage>.csv, each {"step": …, "ppo/kl": …}. A row lacks a
             metric that was not measured at its step (None, NaN and "" count as lacking too); numbers may be strings.
         frontier: one point a PPO update, in order (`ppo/kl`, `ppo/score` and, where it was watched, `ppo/gold_score` of
@@ -665,6 +666,10 @@ def _calibration_chart(
         axes.text(
             0.02, 0.97 - 0.09 * i, shown, transform=axes.transAxes, color=COLOURS[colour], fontweight="bold", va="top"
         )
+    chance = _get(reward, "ece_by_chance")
+    if after and chance is not None:
+        axes.text(0.02, 0.79, f"   by chance up to {chance:.3f}", transform=axes.transAxes, color=COLOURS["muted"],
+                  fontsize=9.5, va="top")  # fmt: skip
     axes.text(57, 55, "perfect", va="top", color=COLOURS["muted"], fontsize=9.5)
     bottom = min(45.0, *(100 * b.accuracy - 4 for b in (*before, *after)))
     axes.set(

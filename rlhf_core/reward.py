@@ -32,6 +32,7 @@ from rlhf_core.statistics import (
     LengthBin,
     ReliabilityBin,
     accuracy_by_length_difference,
+    calibration_error_by_chance,
     confidence_and_correctness,
     expected_calibration_error,
     fit_temperature,
@@ -528,7 +529,7 @@ class Quality(NamedTuple):
 def measure(judged: Judged, temperature: float) -> Quality:
     """Accuracy, calibration before and after temperature scaling, and accuracy by length difference.
 
-    Metrics: `accuracy`, `pairs`, `rankings`, `ece`, `ece_scaled`, `temperature`, `longest_wins`.
+    Metrics: `accuracy`, `pairs`, `rankings`, `ece`, `ece_scaled`, `ece_by_chance`, `temperature`, `longest_wins`.
     """
     confidence, correct = confidence_and_correctness(judged.margins)
     scaled, _ = confidence_and_correctness(judged.margins / temperature)
@@ -538,6 +539,7 @@ def measure(judged: Judged, temperature: float) -> Quality:
         "rankings": judged.rankings,
         "ece": expected_calibration_error(confidence, correct),
         "ece_scaled": expected_calibration_error(scaled, correct),
+        "ece_by_chance": calibration_error_by_chance(judged.margins / temperature, judged.which, seed=0),
         "temperature": temperature,
         "longest_wins": longest_wins(judged.length_differences),
     }

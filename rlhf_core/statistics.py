@@ -247,6 +247,37 @@ def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, *,
     return sum(part.pairs / total * abs(part.accuracy - part.confidence) for part in parts)
 
 
+def calibration_error_by_chance(
+    margins: ArrayLike, which: Sequence[tuple[int, int, int]], *, seed: int, draws: int = 1000, level: float = 0.95
+) -> float:
+    """The `expected_calibration_error` that a perfectly calibrated scorer stays below on these pairs in most cases.
+
+    Few pairs never come out as often as promised, and pairs of one ranking come out together. So all rankings are drawn
+    anew from what the scores promise, by Gumbel noise on each response (a Plackett–Luce model; any one pair then comes
+    out with probability σ(margin)), and the error of each draw is measured.
+
+    Args:
+        margins: (N,) score differences, divided by the temperature.
+        which: of each pair the ranking, and which two of its responses the margin lies between, first minus second.
+        seed: for the draws.
+        draws: how many.
+        level: the share of draws whose error is at most the one that comes back.
+    """
+    margin = _vector(margins, "margins")
+    _same_length(margins=margin, which=np.asarray(which)[:, 0])
+    first = [(ranking, left) for ranking, left, _ in which]
+    second = [(ranking, right) for ranking, _, right in which]
+    place = {response: at for at, response in enumerate(dict.fromkeys([*first, *second]))}
+    left_N, right_N = ([place[response] for response in side] for side in (first, second))
+    confidence, _ = confidence_and_correctness(margin)
+    rng, errors = np.random.default_rng(seed), []
+    for _ in range(draws):
+        noise = rng.gumbel(size=len(place))
+        lead = np.sign(margin) * (margin + noise[left_N] - noise[right_N])  # above 0 where the claim comes true
+        errors.append(expected_calibration_error(confidence, (np.sign(lead) + 1) / 2))
+    return float(np.quantile(errors, level))
+
+
 def fit_temperature(margins: ArrayLike, outcomes: ArrayLike, *, low: float = 0.05, high: float = 20.0) -> float:
     """The temperature T at which σ(margin / T) fits the outcomes best.
 

@@ -126,7 +126,8 @@ def fake_report(seed: int = 0) -> ReportData:
         sft={"validation_perplexity": 9.7},
         reward={
             "accuracy": float(correct.mean()), "pairs": 240, "ece": expected_calibration_error(confidence, correct),
-            "ece_scaled": expected_calibration_error(cooled, correct), "longest_wins": 0.46,
+            "ece_scaled": expected_calibration_error(cooled, correct), "ece_by_chance": 0.061,
+            "longest_wins": 0.46,
         },
         ppo={"kl": 6.9, "score": 1.2},
         curves=curves,
@@ -288,6 +289,13 @@ def test_every_chart_tells_its_numbers_in_words(page: str) -> None:
 def test_rounding_of_coordinates_leaves_the_words_of_a_chart_alone(page: str) -> None:
     ece = fake_report().reward["ece"]
     assert f"as trained, ECE {ece:.3f}<" in page
+
+
+def test_the_calibration_chart_tells_what_chance_would_show(page: str) -> None:
+    assert "by chance up to 0.061<" in page
+    without = fake_report()
+    without.reward.pop("ece_by_chance")
+    assert "by chance" not in render_report(without)
 
 
 # ---- what models and people wrote ----------------------------------------------------------------------------------

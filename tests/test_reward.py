@@ -41,6 +41,7 @@ from rlhf_core.reward import (
     validation_loss,
 )
 from rlhf_core.rollouts import sample
+from rlhf_core.statistics import calibration_error_by_chance
 from rlhf_core.tracking import MemoryTracker, NullTracker
 from tasks.reward import add_models, load_rankings
 
@@ -356,7 +357,8 @@ def test_accuracy_and_loss_by_hand() -> None:
 def test_measure_by_hand() -> None:
     # Confidence σ(|m|) is .8808, .7311, .5, .9526 and correctness 1, 0, ½, 1, each in a bin of its own.
     # At temperature 2 the confidence is .7311, .6225, .5, .8176.
-    judged = Judged(np.array([2.0, -1.0, 0.0, 3.0]), np.array([1, -1, 2, 0]), 3)
+    which = ((0, 0, 1), (1, 1, 0), (2, 0, 1), (2, 0, 2))
+    judged = Judged(np.array([2.0, -1.0, 0.0, 3.0]), np.array([1, -1, 2, 0]), 3, which)
     found = measure(judged, 2.0)
 
     def sigmoid(x: float) -> float:
@@ -371,6 +373,7 @@ def test_measure_by_hand() -> None:
             "rankings": 3,
             "ece": raw / 4,
             "ece_scaled": scaled / 4,
+            "ece_by_chance": calibration_error_by_chance([1.0, -0.5, 0.0, 1.5], which, seed=0),
             "temperature": 2.0,
             "longest_wins": (1 + 0 + 1 + 0.5) / 4,
         },

@@ -15,6 +15,7 @@ from rlhf_core.statistics import (
     ReliabilityBin,
     _rates_at_zero,
     accuracy_by_length_difference,
+    calibration_error_by_chance,
     cluster_bootstrap,
     confidence_and_correctness,
     distinct_n,
@@ -386,6 +387,56 @@ def test_calibration_error_of_a_calibrated_scorer_falls_with_its_pairs() -> None
 
     assert 0.05 < mean_error(100) < 0.09  # the bias that the docstring tells
     assert mean_error(10_000) < 0.01
+
+
+# ---- calibration_error_by_chance -------------------------------------------------------------------------------------
+
+
+def test_chance_by_hand() -> None:
+    # One claim of 1 / (1 + e^-1) = 0.731 comes true (error 0.269) or does not (0.731); a tie is half true always.
+    for level, error in ((0.5, 0.2689414), (0.95, 0.7310586)):
+        assert calibration_error_by_chance([1.0], [(0, 0, 1)], seed=0, level=level) == pytest.approx(error, abs=1e-6)
+        assert calibration_error_by_chance([-1.0], [(0, 0, 1)], seed=0, level=level) == pytest.approx(error, abs=1e-6)
+        assert calibration_error_by_chance([0.0], [(0, 0, 1)], seed=0, level=level) == 0.0
+
+
+def test_chance_equals_independent_draws_where_pairs_share_no_response() -> None:
+    rng = np.random.default_rng(3)
+    margins = rng.normal(0, 2, 400)
+    confidence = sigmoid(np.abs(margins))
+    errors = [expected_calibration_error(confidence, rng.random(400) < confidence) for _ in range(2000)]
+    found = calibration_error_by_chance(margins, [(row, 0, 1) for row in range(400)], seed=0)
+    assert found == pytest.approx(np.quantile(errors, 0.95), rel=0.05)  # 1000 draws: the quantile's error is about 2 %
+    half = calibration_error_by_chance(margins[:200], [(row, 0, 1) for row in range(200)], seed=0)
+    assert half > 1.2 * found  # as the root of the pairs, about
+
+
+def test_pairs_of_one_ranking_come_out_together() -> None:
+    # In each of 60 rankings one response claims to lose against 9 others: mostly all of these come true, or few.
+    which = [(ranking, other, 0) for ranking in range(60) for other in range(1, 10)]
+    margins = np.full(len(which), 1.0)
+    together = calibration_error_by_chance(margins, which, seed=0)
+    apart = calibration_error_by_chance(margins, [(pair, 0, 1) for pair in range(len(which))], seed=0)
+    assert together > 1.5 * apart
+
+
+def test_a_calibrated_scorer_is_below_chance_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(11)
+    scores = rng.normal(0, 1.5, (80, 4))
+    pairs = [(row, i, j) for row in range(80) for i in range(4) for j in range(i)]
+    rows, left, right = np.array(pairs).T
+    margins = scores[rows, left] - scores[rows, right]
+    bound, below = calibration_error_by_chance(margins, pairs, seed=0), 0
+    for _ in range(300):
+        ranked = scores + rng.gumbel(size=scores.shape)
+        came_true = (ranked[rows, left] - ranked[rows, right]) * margins > 0
+        below += expected_calibration_error(sigmoid(np.abs(margins)), came_true) <= bound
+    assert 0.91 < below / 300 < 0.985  # 0.95, three standard errors of 0.0126 either way
+
+
+def test_chance_refuses_other_pairs_than_margins() -> None:
+    with pytest.raises(ValueError, match="lengths differ: margins 2, which 1"):
+        calibration_error_by_chance([1.0, 2.0], [(0, 0, 1)], seed=0)
 
 
 @pytest.mark.parametrize(
