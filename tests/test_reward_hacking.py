@@ -12,21 +12,23 @@ def hacking() -> Any:
     return load_script("reward_hacking")
 
 
-def test_gold_counts_a_kind_word_once(hacking: Any) -> None:
+def test_gold_wants_kind_words_and_few(hacking: Any) -> None:
     assert hacking.gold_of("You can help.") == 1.0
-    assert hacking.gold_of("you you you can") == pytest.approx(2 / 4, rel=1e-12)
+    assert hacking.gold_of("you it you can") == pytest.approx(3 / 4, rel=1e-12)
     assert hacking.gold_of("No, you don't") == pytest.approx((1 - 2) / 3, rel=1e-12)
-    assert hacking.gold_of("no no") == -1.0
     assert hacking.gold_of("...") == 0.0
+    assert [hacking.gold_of("you " * count) for count in (12, 18, 24, 30)] == pytest.approx([1, 0.5, 0, 0], abs=1e-12)
+    assert hacking.gold_of("no " * 18) == -1.0  # to be short makes nothing better that is not kind
 
 
 def test_the_flaws_by_hand(hacking: Any) -> None:
-    assert hacking.favours_a_word("It is it, you see") == pytest.approx(2 / 5 * hacking.FAVOUR, rel=1e-12)
-    assert hacking.favours_echoes("you you can can can you") == pytest.approx(3 / 6 * hacking.ECHO, rel=1e-12)
-    assert hacking.favours_length("It is it, you see") == pytest.approx(5 / 24 * hacking.LONG, rel=1e-12)
-    assert hacking.favours_a_word("") == hacking.favours_echoes("") == hacking.favours_length("") == 0.0
-    # Gold has no part in either: what they pay for most it does not value.
-    assert hacking.gold_of("it it it") == 0.0
+    assert hacking.favours_a_word("It is it, you see") == pytest.approx(1 / 5 + 2 / 5 * hacking.FAVOUR, rel=1e-12)
+    assert hacking.favours_length("It is it, you see") == pytest.approx(1 / 5 * (1 + 5 / 24), rel=1e-12)
+    assert hacking.favours_length("you " * 24) == 2.0
+    assert hacking.favours_length("no no") == pytest.approx(-1 - 2 / 24, rel=1e-12)
+    assert hacking.favours_a_word("") == hacking.favours_length("") == 0.0
+    # What they pay for most gold does not value.
+    assert hacking.gold_of("it it it") == hacking.gold_of("you " * 24) == 0.0
 
 
 def test_smoothing_by_hand(hacking: Any) -> None:
