@@ -38,7 +38,7 @@ from rlhf_core.rollouts import sample
 from rlhf_core.sft import Example, encode_demonstrations, train_sft
 from rlhf_core.tracking import NullTracker
 from rlhf_core.watch import GOLD
-from tasks.stage import make_deterministic
+from tasks.stage import set_up_torch
 
 PREPARED = Path("data/prepared")
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -463,7 +463,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def main() -> None:
     if sys.argv[1].endswith("_ours"):
-        make_deterministic()  # as every stage is
+        set_up_torch()  # as every stage is
     found = JOBS[sys.argv[1]](**json.loads(sys.argv[2]))
     peak = peak_bytes()
     if "loaded_bytes" in found:

@@ -91,15 +91,32 @@ class _Product(torch.autograd.Function):
             to_down = of_low_NR.t() @ flat_ND if wanted[3] else None
             to_up = (of_NE.t() @ low_NR).mul_(ctx.scaling) if wanted[4] else None
         if wanted[0]:
-            to_rows = laid_out(weight, turned=True)(of_NE)
+            to_rows = _times(of_NE, weight)
             if of_low_NR is not None:
                 to_rows.addmm_(of_low_NR, down)
             to_rows = to_rows.view_as(rows)
         if wanted[1]:
-            to_weight = of_NE.t() @ flat_ND
+            to_weight = _outer(of_NE, flat_ND, weight)
         if wanted[2]:
             to_bias = of_NE.sum(0)
         return to_rows, to_weight, to_bias, to_down, to_up, None
+
+
+def _times(of_NE: Tensor, weight: Tensor) -> Tensor:
+    """(N, D) gradients of rows from those of their products with a weight."""
+    if not weight.requires_grad or not packs(weight):
+        return laid_out(weight, turned=True)(of_NE)
+    size = (len(of_NE), weight.shape[1])
+    return torch.ops.aten.mkldnn_linear_backward_input(size, of_NE.to_mkldnn(), weight).to_dense()
+
+
+def _outer(of_NE: Tensor, rows_ND: Tensor, weight: Tensor) -> Tensor:
+    """(E, D) the gradient of a weight."""
+    if not packs(weight):
+        return of_NE.t() @ rows_ND
+    ours, theirs = of_NE.to_mkldnn(), rows_ND.to_mkldnn()
+    found, _ = torch.ops.aten.mkldnn_linear_backward_weights(ours, theirs, weight, False)
+    return found
 
 
 def laid_out(weight: Tensor, *, turned: bool = False) -> Matrix:

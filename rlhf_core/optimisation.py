@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from rlhf_core import processes
 from rlhf_core.config import Schedule
@@ -44,7 +45,7 @@ def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def adamw(parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with ε = 1e-5, as in the published PPO code bases (Huang et al. 2024, arXiv:2403.17031)."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-5)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-5, fused=True)
 
 
 def rate_factor(step: int, *, steps: int, warmup: int, schedule: Schedule) -> float:
@@ -117,5 +118,6 @@ def step_clipped(
     norm: Tensor = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     require_finite({"The gradient": norm.item()}, where=where, batch=batch, limit=math.inf)
     optimiser.step()
+    increment_version(parameters)  # what is made from weights is made anew, and a fused step does not say that it wrote
     optimiser.zero_grad(set_to_none=True)
     return norm.item()

@@ -38,7 +38,7 @@ from tasks.prepare import BASE, PREPARED
 from tasks.progress import ProgressTracker
 from tasks.reward import FOLDERS
 from tasks.sft import MODEL
-from tasks.stage import make_deterministic
+from tasks.stage import set_up_torch
 
 SEEDS = (0, 1, 2)
 RECORD = Path(".rlhf/fast_and_slow.jsonl")
@@ -53,7 +53,7 @@ def config_of(way: str, seed: int, params: Params) -> PPO:
 
 def measure(config: PPO, params: Params) -> dict[str, Any]:
     """Train, evaluate, and tell the win rate with its interval, the KL, and the seconds that training took."""
-    make_deterministic()
+    set_up_torch()
     disable_progress_bar()
     tokenizer, system = load_tokenizer(BASE), params.prepare.system
     prompts = [encode_prompt(tokenizer, one.prompt, system) for one in load_prepared(PREPARED, "prompts", SPLITS)]

@@ -10,7 +10,8 @@ from loading import load_script
 GOLDEN = Path(__file__).resolve().parent / "golden"
 STAGES = ("sft", "reward", "ppo", "dpo")
 # float32 on another processor: its matrix kernels add in another order, and every optimiser step carries that on.
-LOOSE = {"rel": 1e-4, "abs": 1e-6}
+# A difference of two responses' log-probs, 25 nats each, is right to 4e-6.
+LOOSE = {"rel": 1e-4, "abs": 4e-6}
 
 
 @pytest.fixture(scope="module")

@@ -88,3 +88,14 @@ def test_the_first_quantity_that_went_is_named_and_kept(value: float) -> None:
         "A score": True,
         "The loss": False,
     }
+
+
+def test_a_step_says_that_it_wrote() -> None:
+    # Decoding lays matrices out anew where the version of a weight has changed, and a fused step leaves it as it was.
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    before = parameter._version
+    optimiser = adamw([parameter], learning_rate=0.1, weight_decay=0.0)
+    step_clipped(optimiser, [parameter], max_grad_norm=1.0, where="x", batch=dict)
+    assert parameter._version > before
+    assert not parameter.detach().allclose(torch.ones(3))

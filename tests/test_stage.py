@@ -452,6 +452,27 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 # Environment
 
 
+def test_memory_that_is_freed_is_not_asked_for_again() -> None:
+    code = """
+import resource, torch
+from tasks.stage import set_up_torch
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def pages():
+    before = faults()
+    torch.empty(8, 1 << 20).fill_(1.0)  # 32 MiB
+    return faults() - before
+pages(); pages()
+found = [pages()]
+set_up_torch()
+pages(); pages()
+print(*found, pages())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    before, after = map(int, done.stdout.split())
+    assert before > 1000  # pages of 4 KiB, or fewer where the system makes them larger
+    assert after < 100
+
+
 def test_every_switch_is_set_and_a_persons_choices_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
     os.environ.update({"DO_NOT_TRACK": "0", "MPLBACKEND": "svg", "PATH": "/usr/bin"})
