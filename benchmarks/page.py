@@ -242,6 +242,7 @@ def _plot(found: dict[str, Any]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
     panels = [(over, of) for over in ("rollouts", "response") for of in ("seconds", "working_gb")]
@@ -250,6 +251,12 @@ def _plot(found: dict[str, Any]) -> None:
             points = series[over]
             label = f"{name}: exponent {_told(points, over, of)}"
             axis.loglog([p[over] for p in points], [p[of] for p in points], "o-", label=label)
+        axis.set_xticks(sorted({p[over] for series in found.values() for p in series[over]}))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_formatter("{x:g}")
         axis.set_xlabel("rollouts" if over == "rollouts" else "response tokens, 4 rollouts")
         axis.set_title("seconds an update" if of == "seconds" else "GB beyond the models", fontsize=11)
         axis.grid(True, which="both", alpha=0.25)
