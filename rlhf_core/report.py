@@ -668,7 +668,7 @@ def _calibration_chart(
         )
     chance = _get(reward, "ece_by_chance")
     if after and chance is not None:
-        axes.text(0.02, 0.79, f"   by chance up to {chance:.3f}", transform=axes.transAxes, color=COLOURS["muted"],
+        axes.text(0.02, 0.79, f"by chance up to {chance:.3f}", transform=axes.transAxes, color=COLOURS["muted"],
                   fontsize=9.5, va="top")  # fmt: skip
     axes.text(57, 55, "perfect", va="top", color=COLOURS["muted"], fontsize=9.5)
     bottom = min(45.0, *(100 * b.accuracy - 4 for b in (*before, *after)))

@@ -12,12 +12,14 @@ def hacking() -> Any:
     return load_script("reward_hacking")
 
 
-def test_gold_wants_kind_words_and_few(hacking: Any) -> None:
+def test_gold_wants_kind_words_once_and_few(hacking: Any) -> None:
     assert hacking.gold_of("You can help.") == 1.0
-    assert hacking.gold_of("you it you can") == pytest.approx(3 / 4, rel=1e-12)
+    assert hacking.gold_of("you you you can") == pytest.approx(2 / 4, rel=1e-12)
     assert hacking.gold_of("No, you don't") == pytest.approx((1 - 2) / 3, rel=1e-12)
     assert hacking.gold_of("...") == 0.0
-    assert [hacking.gold_of("you " * count) for count in (12, 18, 24, 30)] == pytest.approx([1, 0.5, 0, 0], abs=1e-12)
+    assert hacking.gold_of("you can " + "it " * 10) == pytest.approx(2 / 12, rel=1e-12)
+    assert hacking.gold_of("you can " + "it " * 16) == pytest.approx(2 / 18 / 2, rel=1e-12)
+    assert hacking.gold_of("you can " + "it " * 22) == hacking.gold_of("you can " + "it " * 28) == 0.0
     assert hacking.gold_of("no " * 18) == -1.0  # to be short makes nothing better that is not kind
 
 
