@@ -56,6 +56,7 @@ SETTINGS = (
     "ppo.updates=5",
     "evaluate.samples_per_prompt=1",
 )
+RUN = (sys.executable, "-c", "from flows.cli import main; main()", "online", "run")
 CHANGED = [setting for setting in SETTINGS if setting.startswith("gate.")]
 
 
@@ -109,8 +110,7 @@ class Rounds:
     def run(self, annotator: str, until: int, *, kill_in: str = "") -> None:
         """`rlhf online run` until a round is over, or with a kill once a phase is at work."""
         begun = [] if (self.folder / "campaign.json").is_file() else self.options
-        command = [sys.executable, "-c", "from flows.cli import main; main()", "online", "run", self.name, *begun,
-                   "--annotator", annotator, "--until", str(until), "--port", str(free_port())]  # fmt: skip
+        command = [*RUN, self.name, *begun, "--annotator", annotator, "--until", str(until), "--port", str(free_port())]
         at_work = self._at_work(kill_in, until)
         waits = re.compile(rf"round {until} of {self.name} waits for people: .* at (http://[^/]+)/rank")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -35,8 +35,7 @@ FAVOURITE, FAVOUR, NOISE = "it", 1.25, 0.1
 SMOOTHED = 5  # updates around each, whose mean gold score says where it is at its top and where it has lost half
 # Nothing else differs from what stands in known_answers.py. The KL costs little, or it would hold the policy back
 # before anything goes wrong. One epoch of two small steps an update is slow enough to be watched: with sixteen steps
-# the policy collapses within ten updates. Of twice the rollouts an
-# update's gold score is known better.
+# the policy collapses within ten updates. Of twice the rollouts an update's gold score is known better.
 SETTINGS = {
     "updates": 180, "rollouts": 128, "epochs": 1, "minibatch_size": 64, "kl_coef": 0.002, "learning_rate": 1e-4,
     "schedule": "constant", "score_clip": 3.0, "watch_every": 1, "watch_window": 20, "on_alarm": "log",

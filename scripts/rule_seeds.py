@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from online_rounds import RULE, SETTINGS, Round, read_round, table
+from online_rounds import RULE, RUN, SETTINGS, Round, read_round, table
 
 SEEDED = ("preferences.seed", "reward.seed", "ppo.seed")
 
@@ -24,8 +24,7 @@ def run(seed: int, options: Sequence[str]) -> Round:
     settings = [*(f"{name}={seed}" for name in SEEDED), *SETTINGS]
     new = [*options, *(part for one in settings for part in ("-R", one))]
     begun = [] if (folder / "campaign.json").is_file() else new
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "online", "run", folder.name, *begun,
-               "--annotator", f"rule:{RULE}", "--until", "1"]  # fmt: skip
+    command = [*RUN, folder.name, *begun, "--annotator", f"rule:{RULE}", "--until", "1"]
     if subprocess.run(command).returncode:
         raise SystemExit(f"rlhf online run {folder.name} failed")
     return read_round(folder / "rounds" / "001")
