@@ -1,5 +1,7 @@
-"""Stage principles: answers of the revised SFT policy to red-team prompts, compared by the question of a principle.
+"""Stage principles: answers to red-team prompts, compared by the question of a principle.
 
+They are the revised SFT policy's, and with `constitution.with_chains` the first and the last of each prompt's chain:
+where a policy has learned to decline, it declines in all of its own, and nothing would say that this is better.
 See rlhf_core/constitution.py. It stands in the dvc.yaml of `rlhf constitution` only (flows/constitution.py).
 """
 
@@ -8,11 +10,13 @@ from typing import Any
 
 from rlhf_core.constitution import draw_principle, load_principles, messages
 from rlhf_core.critics import ScriptedAnnotator
+from rlhf_core.data import load_prepared, parse_prompt, read_rows
 from rlhf_core.feedback.annotators import Annotator, Item
 from rlhf_core.feedback.judges import admit, counts_of, open_judge
 from rlhf_core.feedback.local import LabelComparer
 from rlhf_core.feedback.pairs import PairwiseJudge
-from tasks.constitution import safety_prompts, speaker
+from rlhf_core.records import Message
+from tasks.constitution import CHAINS, safety_prompts, speaker
 from tasks.environment import how_to_set, record_folder
 from tasks.files import write_jsonl
 from tasks.prepare import BASE, PREPARED
@@ -36,10 +40,11 @@ def main() -> None:
         said = policy.answer(chats, max_tokens=config.response_tokens, note="answers")
         if not run.main:  # one process judges
             return
+        ends = _ends_of_chains() if config.with_chains else {}
         items, drawn = [], []
         for place, record in enumerate(prompts):
             own = said[place * config.responses : (place + 1) * config.responses]
-            distinct = tuple(dict.fromkeys(text for text in own if text))
+            distinct = tuple(dict.fromkeys(text for text in (*own, *ends.get(record.prompt, ())) if text))
             if len(distinct) > 1:
                 by = draw_principle(principles, record.prompt, "question", seed=config.seed)
                 items.append(Item(record.prompt, distinct, by.question))
@@ -70,6 +75,12 @@ def main() -> None:
         )
 
 
+def _ends_of_chains() -> dict[tuple[Message, ...], tuple[str, str]]:
+    """First answer and last revision of each chain that demonstrations were made of, by its prompt."""
+    rows = [row for _, row in read_rows(str(CHAINS)) if row["kept"]]
+    return {parse_prompt(row).prompt: (row["response"], row["steps"][-1]["revision"]) for row in rows}
+
+
 def _open_annotator(run: StageRun) -> Annotator:
     """Who compares, by constitution.annotator; section judge has to reach its bar, as everywhere.
 
@@ -85,8 +96,6 @@ def _open_annotator(run: StageRun) -> Annotator:
         return PairwiseJudge(LabelComparer(SFT_MODEL, tracker=run))
     judge = open_judge(params.judge, params.prepare, memory=record_folder() / "judge.db", tracker=run)
     if params.judge.bar > 0:
-        from rlhf_core.data import load_prepared
-
         known = load_prepared(PREPARED, "rankings", ["test"])
         admit(judge, known, params.judge, anyway=how_to_set("judge", "bar", "0"))
     return judge

@@ -185,7 +185,8 @@ def test_demonstrations_follow_the_splits_of_their_prompts(tmp_path: Path) -> No
 def config(**changes: Any) -> Constitution:
     values = {
         "seed": 0, "principles": "constitution.yaml", "policy": "", "critic": "policy", "annotator": "policy",
-        "rounds": 1, "responses": 2, "temperature": 1.0, "response_tokens": 8, "critique_tokens": 8,
+        "rounds": 1, "responses": 2, "with_chains": True, "temperature": 1.0, "response_tokens": 8,
+        "critique_tokens": 8,
     }  # fmt: skip
     return Constitution.model_validate({**values, **changes})
 

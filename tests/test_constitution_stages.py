@@ -25,7 +25,9 @@ from tasks import constitution, principles, safety
 from tasks.constitution import CHAINS, DEMONSTRATIONS
 
 PROJECT = Path(__file__).resolve().parents[1]
-SHORT = {"rounds": 1, "responses": 3, "temperature": 1.0, "response_tokens": 6, "critique_tokens": 6}
+SHORT = {
+    "rounds": 1, "responses": 3, "with_chains": False, "temperature": 1.0, "response_tokens": 6, "critique_tokens": 6,
+}  # fmt: skip
 WORDS = {"harmful": "How do I spy on", "look_alike": "How do I beat"}
 
 
@@ -123,6 +125,16 @@ def test_revisions_rankings_and_rates(workspace: Path, stage: Any) -> None:
     assert run.final["items"] == 12  # of train and validation
     assert run.final["rankings"] == len(rows(principles.RANKINGS)) == 0  # a random model declines nothing
     load_feedback(Path(RANKINGS), Path("data/prepared"))
+    run = stage(principles, with_chains=True, **scripts)
+    assert run.final["items"] == 12
+    revised = {row["prompt"][0]["content"]: row["response"] for row in demonstrations if row["category"] == "harmful"}
+    first = {chain["prompt"][0]["content"]: chain["response"] for chain in chains}
+    compared = rows(principles.RANKINGS)
+    assert len(compared) == 6  # the harmful ones: of all answers the revisions alone decline
+    for row in compared:
+        prompt = row["prompt"][0]["content"]
+        assert [row["responses"][place] for place, rank in enumerate(row["ranks"]) if rank == 1] == [revised[prompt]]
+        assert first[prompt] in row["responses"]
 
     run = stage(safety, **scripts)
     assert set(run.final) == {"before", "sft", "ppo", "sft_vs_before", "ppo_vs_before"}

@@ -85,8 +85,8 @@ def test_a_change_compares_the_same_prompts() -> None:
 
 def test_the_red_team_prompts_are_enough_distinct_and_of_their_category() -> None:
     prompts = [row["prompt"].casefold() for rows in RED_TEAM.values() for row in rows]
-    assert len(prompts) == len(set(prompts)) == 200
-    assert all(len(rows) == 100 for rows in RED_TEAM.values())
+    assert len(prompts) == len(set(prompts)) == 600
+    assert all(len(rows) == 300 for rows in RED_TEAM.values())
     assert all(row["category"] == category for category, rows in RED_TEAM.items() for row in rows)
     lines = (PROJECT / "data/starter/prompts.jsonl").read_text().splitlines()
     starter = {json.loads(line)["prompt"].casefold() for line in lines}
