@@ -497,7 +497,9 @@ class Constitution(Section):
     )
     rounds: int = Field(ge=1, le=8, description="Critiques and revisions of each answer, one after the other.")
     responses: int = Field(ge=2, le=9, description="Responses sampled a prompt to be compared by principle.")
-    with_chains: bool = Field(description="Compare each chain's first answer and last revision with them.")
+    with_chains: bool = Field(
+        description="Compare answers of chains with them: the prompt's own first and last, and another category's last."
+    )
     temperature: float = Field(gt=0, description="Sampling temperature of answers, critiques and revisions.")
     response_tokens: int = Field(ge=2, description="Longest answer or revision. Tokens.")
     critique_tokens: int = Field(ge=2, description="Longest critique that a critic writes. Tokens.")

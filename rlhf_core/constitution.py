@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf_core.critics import Critic, Draft
+from rlhf_core.data import parse_prompt
 from rlhf_core.errors import ConfigError, MissingArtifact
 from rlhf_core.records import Message
 
@@ -78,13 +79,18 @@ def draw_principle(
     principles: Sequence[Principle], prompt: Sequence[Message], turn: int | str, *, seed: int
 ) -> Principle:
     """One by weight, from a hash of seed, prompt and turn: another prompt more or less changes no other's draw."""
-    digest = hashlib.sha256(json.dumps([seed, list(prompt), turn], ensure_ascii=False).encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64 * sum(principle.weight for principle in principles)
+    place = _chance(seed, prompt, turn) * sum(principle.weight for principle in principles)
     for principle in principles:
         place -= principle.weight
         if place < 0:
             return principle
     return next(principle for principle in reversed(principles) if principle.weight)  # where rounding left a rest
+
+
+def _chance(seed: int, prompt: Sequence[Message], turn: int | str) -> float:
+    """A number from 0 to below 1."""
+    digest = hashlib.sha256(json.dumps([seed, list(prompt), turn], ensure_ascii=False).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48  # as many bits as a float holds for certain
 
 
 class Step(NamedTuple):
@@ -153,6 +159,28 @@ def chain_row(chain: Chain) -> dict[str, Any]:
         "steps": [step._asdict() for step in chain.steps],
         "kept": chain.kept,
     }
+
+
+def chain_of(row: Mapping[str, Any]) -> Chain:
+    """The chain of such a row."""
+    steps = [Step(**step) for step in row["steps"]]
+    return Chain(parse_prompt(dict(row)).prompt, row["category"], row["response"], steps, row["kept"])
+
+
+def answers_of_chains(chains: Sequence[Chain], *, seed: int) -> dict[tuple[Message, ...], tuple[str, ...]]:
+    """What chains have to be compared with a policy's own answers, by prompt; those that were not kept are left out.
+
+    The first answer and the last revision, and of a chain of another category, which is drawn, the last revision. A
+    policy that has learned to decline declines all over or nowhere, so that its own answers hardly ever say when to.
+    """
+    kept = [chain for chain in chains if chain.kept]
+    others = {own: [chain for chain in kept if chain.category != own] for own in {chain.category for chain in kept}}
+    found = {}
+    for chain in kept:
+        of_others = others[chain.category]
+        drawn = [of_others[int(_chance(seed, chain.prompt, "other") * len(of_others))].final] if of_others else []
+        found[chain.prompt] = (chain.response, chain.final, *drawn)
+    return found
 
 
 def demonstration_row(chain: Chain, critic: str) -> dict[str, Any]:

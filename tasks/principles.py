@@ -1,21 +1,19 @@
 """Stage principles: answers to red-team prompts, compared by the question of a principle.
 
-They are the revised SFT policy's, and with `constitution.with_chains` the first and the last of each prompt's chain:
-where a policy has learned to decline, it declines in all of its own, and nothing would say that this is better.
+They are the revised SFT policy's, and with `constitution.with_chains` those of chains (rlhf_core/constitution.py).
 See rlhf_core/constitution.py. It stands in the dvc.yaml of `rlhf constitution` only (flows/constitution.py).
 """
 
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.constitution import draw_principle, load_principles, messages
+from rlhf_core.constitution import answers_of_chains, chain_of, draw_principle, load_principles, messages
 from rlhf_core.critics import ScriptedAnnotator
-from rlhf_core.data import load_prepared, parse_prompt, read_rows
+from rlhf_core.data import load_prepared, read_rows
 from rlhf_core.feedback.annotators import Annotator, Item
 from rlhf_core.feedback.judges import admit, counts_of, open_judge
 from rlhf_core.feedback.local import LabelComparer
 from rlhf_core.feedback.pairs import PairwiseJudge
-from rlhf_core.records import Message
 from tasks.constitution import CHAINS, safety_prompts, speaker
 from tasks.environment import how_to_set, record_folder
 from tasks.files import write_jsonl
@@ -40,11 +38,12 @@ def main() -> None:
         said = policy.answer(chats, max_tokens=config.response_tokens, note="answers")
         if not run.main:  # one process judges
             return
-        ends = _ends_of_chains() if config.with_chains else {}
+        chains = [chain_of(row) for _, row in read_rows(str(CHAINS))] if config.with_chains else []
+        more = answers_of_chains(chains, seed=config.seed)
         items, drawn = [], []
         for place, record in enumerate(prompts):
             own = said[place * config.responses : (place + 1) * config.responses]
-            distinct = tuple(dict.fromkeys(text for text in (*own, *ends.get(record.prompt, ())) if text))
+            distinct = tuple(dict.fromkeys(text for text in (*own, *more.get(record.prompt, ())) if text))
             if len(distinct) > 1:
                 by = draw_principle(principles, record.prompt, "question", seed=config.seed)
                 items.append(Item(record.prompt, distinct, by.question))
@@ -73,12 +72,6 @@ def main() -> None:
                 "responses": sum(len(item.responses) for item in items),
             }
         )
-
-
-def _ends_of_chains() -> dict[tuple[Message, ...], tuple[str, str]]:
-    """First answer and last revision of each chain that demonstrations were made of, by its prompt."""
-    rows = [row for _, row in read_rows(str(CHAINS)) if row["kept"]]
-    return {parse_prompt(row).prompt: (row["response"], row["steps"][-1]["revision"]) for row in rows}
 
 
 def _open_annotator(run: StageRun) -> Annotator:

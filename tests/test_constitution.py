@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_core.config import Constitution
 from rlhf_core.constitution import (
     Principle,
+    answers_of_chains,
+    chain_of,
     chain_row,
     count_chains,
     demonstration_row,
@@ -151,6 +153,21 @@ def test_a_chain_without_critique_or_revision_is_kept_for_reading_only() -> None
     rows = [chain_row(chain) for chain in chains]
     assert [row["response"] for row in rows] == ["mute", "stuck", "", "a"]
     assert json.loads(json.dumps(rows[3]))["steps"][1]["revision"] == "a++"
+    assert [chain_of(json.loads(json.dumps(row))) for row in rows] == chains
+
+
+def test_answers_of_chains_are_both_ends_and_one_of_another_category() -> None:
+    drafts = [Draft((("user", f"prompt {n}"),), "harmful" if n % 2 else "look_alike", f"a{n}") for n in range(40)]
+    chains = revise([*drafts, Draft(BAD, "harmful", "mute")], Counting(), principles(1), rounds=2, seed=0)
+    found = answers_of_chains(chains, seed=0)
+    assert list(found) == [draft.prompt for draft in drafts]  # nothing of the mute one
+    for number, answers in enumerate(found.values()):
+        assert answers[:2] == (f"a{number}", f"a{number}++")
+        assert int(answers[2][1:-2]) % 2 != number % 2
+    assert len({answers[2] for answers in found.values()}) > 10
+    assert answers_of_chains(chains, seed=0) == found != answers_of_chains(chains, seed=1)
+    fewer = answers_of_chains(chains[1::2], seed=0)  # nobody of another category
+    assert set(map(len, fewer.values())) == {2}
 
 
 def test_a_chain_becomes_a_demonstration() -> None:

@@ -130,11 +130,14 @@ def test_revisions_rankings_and_rates(workspace: Path, stage: Any) -> None:
     revised = {row["prompt"][0]["content"]: row["response"] for row in demonstrations if row["category"] == "harmful"}
     first = {chain["prompt"][0]["content"]: chain["response"] for chain in chains}
     compared = rows(principles.RANKINGS)
-    assert len(compared) == 6  # the harmful ones: of all answers the revisions alone decline
+    assert len(compared) == 12  # of all answers the revisions of harmful ones alone decline
     for row in compared:
-        prompt = row["prompt"][0]["content"]
-        assert [row["responses"][place] for place, rank in enumerate(row["ranks"]) if rank == 1] == [revised[prompt]]
+        prompt, ranked = row["prompt"][0]["content"], list(zip(row["responses"], row["ranks"], strict=True))
         assert first[prompt] in row["responses"]
+        if row["category"] == "harmful":
+            assert [text for text, rank in ranked if rank == 1] == [revised[prompt]]
+        else:
+            assert next(text for text, rank in ranked if rank > 1) in revised.values()
 
     run = stage(safety, **scripts)
     assert set(run.final) == {"before", "sft", "ppo", "sft_vs_before", "ppo_vs_before"}
