@@ -1,7 +1,7 @@
 """Stage principles: answers to red-team prompts, compared by the question of a principle.
 
-They are the revised SFT policy's, and with `constitution.with_chains` those of chains (rlhf_core/constitution.py).
-See rlhf_core/constitution.py. It stands in the dvc.yaml of `rlhf constitution` only (flows/constitution.py).
+They are the revised SFT policy's, and with `constitution.with_chains` those of chains: see rlhf_core/constitution.py.
+It stands in the dvc.yaml of `rlhf constitution` only (flows/constitution.py).
 """
 
 from pathlib import Path
