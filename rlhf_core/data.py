@@ -4,6 +4,8 @@ Formats: demonstrations, rankings, pairs (K = 2), HH dialogues and prompts, as d
 (gzip too), Parquet, or the hub. Padding and batching belong to the loops.
 """
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import json
@@ -14,14 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.config import Prepare, require_revision
 from rlhf_core.errors import DataError, MissingArtifact
 from rlhf_core.records import Demonstration, Message, Prompt, Ranking
+
+if TYPE_CHECKING:  # as in records.py
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test", "gold")
 SHOWN = 10  # bad rows named in the error

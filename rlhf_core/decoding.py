@@ -149,9 +149,11 @@ class Lean:
         self.last = weight.new_zeros((count, max_tokens, weight.shape[1])) if keep_tops else None
         self.ends = [self.column] * count
         positions = torch.arange(columns, device=self.device)
-        cos, sin = model.base_model.rotary_emb(weight, positions[None])
-        self.cos, self.sin = cos[0], sin[0]  # (columns, width)
+        cos, sin = (angles[0] for angles in model.base_model.rotary_emb(weight, positions[None]))
+        sin[:, : self.width // 2].neg_()  # since the first half of a head takes the second half's negative
+        self.turns = torch.stack([cos, sin])[:, :, None]  # (2, columns, 1, width)
 
+    @torch.no_grad()
     def start(self) -> Tensor:
         # Each prompt that differs once, those of like length together.
         rows_of: dict[tuple[int, ...], list[int]] = {}
@@ -165,19 +167,18 @@ class Lean:
             self.last[:, 0] = last_LD
         return self.weights.head(last_LD)
 
+    @torch.no_grad()
     def step(self, tokens_L: Tensor, running_L: Tensor) -> Tensor:
         # The layers below `depth` see the last tokens too, since their states are kept.
-        hidden_LD = self._lower(tokens_L)
-        hidden_LD = self._drop(hidden_LD, running_L)
-        hides = self._hides()
-        for layer in range(self.depth, len(self.weights.layers)):
-            hidden_LD = self._layer(layer, hidden_LD, hides)
+        hidden_LD = self._drop(self._lower(tokens_L), running_L)
+        hidden_LD = self._layers(range(self.depth, len(self.weights.layers)), hidden_LD)
         self.column += 1
         hidden_LD = self._norm(hidden_LD, self.weights.norm)
         if self.last is not None:
             self.last[self.rows_L.to(self.device), self.column - self.first] = hidden_LD
         return self.weights.head(hidden_LD)
 
+    @torch.no_grad()
     def end(self, tokens_L: Tensor) -> None:
         if self.depth:
             self._lower(tokens_L)
@@ -212,7 +213,7 @@ class Lean:
         for index, layer in enumerate(self.weights.layers):
             if self.kept is not None and index == self.depth:
                 self.kept[rows_R, first : self.column] = places.lay(hidden_ND[None])[owner_R]
-            query, key, value = self._project(layer, hidden_ND, self.cos[positions_N], self.sin[positions_N])
+            query, key, value = self._project(layer, hidden_ND, self.turns[:, positions_N])
             query, key, value = padded(query), padded(key), padded(value)
             self.keys[index, rows_R, :, first : self.column] = key[owner_R]
             self.values[index, rows_R, :, first : self.column] = value[owner_R]
@@ -227,24 +228,30 @@ class Lean:
     def _lower(self, tokens_L: Tensor) -> Tensor:
         """(L, D) the tokens' hidden states below `depth`, which are kept."""
         hidden_LD = self.model.get_input_embeddings()(tokens_L.to(self.device))
-        hides = self._hides()
-        for layer in range(self.depth):
-            hidden_LD = self._layer(layer, hidden_LD, hides)
+        hidden_LD = self._layers(range(self.depth), hidden_LD)
         if self.kept is not None:
             self.kept[self.rows_L.to(self.device), self.column] = hidden_LD
         for row in self.rows_L.tolist():
             self.ends[row] = self.column + 1
         return hidden_LD
 
-    def _layer(self, index: int, hidden_LD: Tensor, hides: Tensor) -> Tensor:
-        layer, count, column = self.weights.layers[index], len(hidden_LD), self.column
-        positions_L = column - self.starts_L
-        query, key, value = self._project(layer, hidden_LD, self.cos[positions_L], self.sin[positions_L])
-        self.keys[index, :count, :, column], self.values[index, :count, :, column] = key, value
-        # Query heads that share keys are so many queries of one head. Plain products, since SDPA is for long queries.
-        keys, values = (part[index, :count, :, : column + 1].flatten(0, 1) for part in (self.keys, self.values))
-        scores = torch.baddbmm(hides, query.reshape(len(keys), -1, self.width), keys.mT, alpha=self.width**-0.5)
-        return self._mix(layer, hidden_LD, torch.bmm(scores.softmax(-1), values).view(count, -1))
+    def _layers(self, span: range, hidden_LD: Tensor) -> Tensor:
+        """(L, D) hidden states after some layers. What these share is made once: small operations cost much."""
+        count, column = len(hidden_LD), self.column
+        turns = self.turns[:, column - self.starts_L]
+        hides = self._hides()
+        here = slice(span.start, span.stop)
+        seen = [part[here, :count, :, : column + 1].flatten(1, 2).unbind() for part in (self.keys, self.values)]
+        newest = [part[here, :count, :, column].unbind() for part in (self.keys, self.values)]
+        for index, keys, values, new_key, new_value in zip(span, *seen, *newest, strict=True):
+            layer = self.weights.layers[index]
+            query, key, value = self._project(layer, hidden_LD, turns)
+            new_key.copy_(key)
+            new_value.copy_(value)
+            # Query heads that share keys are so many queries of one head. Plain products, as SDPA is for long queries.
+            scores = torch.baddbmm(hides, query.reshape(len(keys), -1, self.width), keys.mT, alpha=self.width**-0.5)
+            hidden_LD = self._mix(layer, hidden_LD, torch.bmm(scores.softmax(-1), values).view(count, -1))
+        return hidden_LD
 
     def _hides(self) -> Tensor:
         """(L × groups, 1, S) what is added to the scores of the columns up to the newest: a row begins late."""
@@ -252,19 +259,20 @@ class Lean:
         hides_LS = torch.where(columns_S >= self.starts_L[:, None], 0.0, torch.finfo(self.keys.dtype).min)
         return hides_LS.repeat_interleave(self.groups, 0)[:, None]
 
-    def _project(self, layer: "_Layer", hidden_ND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, heads, width) queries, and (N, groups, width) keys and values."""
+    def _project(self, layer: "_Layer", hidden_ND: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, heads, width) queries, and (N, groups, width) keys and values; `turns` (2, N, 1, width) as in `turns`."""
         whole = layer.qkv(self._norm(hidden_ND, layer.attention_norm)).view(len(hidden_ND), -1, self.width)
-        turned, value = whole[:, : self.heads + self.groups], whole[:, self.heads + self.groups :]
-        left, right = turned.chunk(2, dim=-1)
-        turned = turned * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
-        return turned[:, : self.heads], turned[:, self.heads :], value
+        turned, value = whole.split((self.heads + self.groups, self.groups), 1)
+        other = turned.roll(self.width // 2, -1)
+        turned.mul_(turns[0]).addcmul_(other, turns[1])
+        query, key = turned.split((self.heads, self.groups), 1)
+        return query, key, value
 
     def _mix(self, layer: "_Layer", hidden_ND: Tensor, mixed_ND: Tensor) -> Tensor:
         """What follows attention: its output matrix and the feed-forward part."""
         hidden_ND = hidden_ND + layer.out(mixed_ND)
         gate, up = layer.gate_up(self._norm(hidden_ND, layer.feed_norm)).chunk(2, dim=-1)
-        return hidden_ND + layer.down(F.silu(gate) * up)
+        return hidden_ND + layer.down(F.silu(gate).mul_(up))
 
     def _norm(self, hidden_ND: Tensor, weight_D: Tensor) -> Tensor:
         return F.rms_norm(hidden_ND, weight_D.shape, weight_D, self.config.rms_norm_eps)

@@ -1,9 +1,12 @@
 """What crosses modules: the records of the data formats, and the rollouts of one PPO update."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # torch takes seconds to import, and what reads data alone does without
+    from torch import Tensor
 
 Message = tuple[str, str]  # (role, content)
 
@@ -68,7 +71,7 @@ class Rollouts(NamedTuple):
     old_cost_values_BT: Tensor | None = None  # reward units of the cost's axis; these two where a cost is limited
     cost_returns_BT: Tensor | None = None
 
-    def rows(self, index: Tensor | Sequence[int]) -> "Rollouts":
+    def rows(self, index: Tensor | Sequence[int]) -> Rollouts:
         """Some of the rows, trimmed to the longest response among them."""
         length = int(self.mask_BT[index].sum(1).max()) if len(index) else 0
         parts: Any = (None if part is None else part[index, :length] for part in self[1:])

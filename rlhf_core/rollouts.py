@@ -132,7 +132,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
     each summed in float32, then within the one block that is met.
     """
     count, tokens = logits_BV.shape
-    weights_BV = (logits_BV - logits_BV.amax(1, keepdim=True)).div_(temperature).exp_()
+    weights_BV = (logits_BV / temperature).softmax(1)
     if tokens % DRAW_BLOCK:
         weights_BV = F.pad(weights_BV, (0, -tokens % DRAW_BLOCK))
     weights_BKN = weights_BV.view(count, -1, DRAW_BLOCK)
