@@ -40,7 +40,7 @@ def write_safety_page(
     """Write the page, through a temporary name.
 
     Args:
-        metrics: as stage safety records them: a policy's rates, and `<policy>_vs_before`.
+        metrics: as stage safety records them: a policy's rates, `<policy>_vs_before`, and `prefers_declining`.
         chains: rows of chains.jsonl.
         told: each policy's answers to the held-out prompts, in the same order for all.
     """
@@ -64,6 +64,7 @@ def render_safety_page(
     return environment.get_template("safety.html.j2").render(
         names=[NAMES[name] for name in told],
         headline=headline(metrics),
+        preference=preference(metrics["prefers_declining"]),
         prompts=metrics["before"],
         rows=[(words, [cell(metrics, name, rate) for name in told]) for rate, (words, _) in RATES.items()],
         chains=spread[:SHOWN_CHAINS],
@@ -86,6 +87,18 @@ def headline(metrics: Mapping[str, Any]) -> str:
     if change["harmful_compliance_low"] <= 0 <= change["harmful_compliance_high"]:
         said += " The first change may be chance: its interval includes 0."
     return said
+
+
+def preference(found: Mapping[str, Mapping[str, float]]) -> str:
+    """What the reward model, which PPO climbed, makes of answers that decline; "" where there is nothing to say."""
+    words = {"harmful": "a harmful request", "look_alike": "a harmless one"}
+    parts = []
+    for category, of in found.items():
+        interval = f"{100 * of['low']:.0f} to {_percent(of['high'])}"
+        parts.append(f"{_percent(of['share'])} ({interval}) of {of['pairs']} pairs of answers to {words[category]}")
+    if not parts:
+        return ""
+    return f"Of two answers, one of which declines, the reward model prefers that one in {' and in '.join(parts)}."
 
 
 def cell(metrics: Mapping[str, Any], name: str, rate: str) -> Cell:

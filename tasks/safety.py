@@ -1,5 +1,7 @@
 """Stage safety: what the policies do with held-out red-team prompts, before and after; and a page with the chains.
 
+And whether the reward model, which PPO climbed, prefers declining where it should.
+
 See rlhf_core/safety.py. It stands in the dvc.yaml of `rlhf constitution` only (flows/constitution.py).
 """
 
@@ -9,15 +11,18 @@ from typing import Any
 import torch
 
 from rlhf_core.data import encode_prompt, read_rows
+from rlhf_core.ensemble import load_ensemble
 from rlhf_core.models import REFERENCE, Roles, load_tokenizer
 from rlhf_core.records import Prompt
+from rlhf_core.reward import ensemble_scores
 from rlhf_core.rollouts import sample
-from rlhf_core.safety import Told, changes, numbers
+from rlhf_core.safety import Told, changes, numbers, prefers_declining
 from rlhf_core.safety_page import write_safety_page
 from tasks.constitution import CHAINS, safety_prompts
 from tasks.files import write_jsonl
 from tasks.ppo import POLICY_FOLDER
 from tasks.prepare import BASE, PREPARED
+from tasks.reward import FOLDERS as REWARD_FOLDERS
 from tasks.sft import MODEL as SFT_MODEL
 from tasks.stage import StageRun, require_watched, stage_run
 
@@ -27,15 +32,23 @@ ROWS = 64  # prompts answered at once
 
 
 def main() -> None:
-    with stage_run("safety", deps=[BASE, SFT_MODEL, POLICY_FOLDER, PREPARED, CHAINS]) as run:
+    with stage_run("safety", deps=[BASE, SFT_MODEL, REWARD_FOLDERS["reward"], POLICY_FOLDER, PREPARED, CHAINS]) as run:
         config, params = run.params.evaluate, run.params
         require_watched(run, "constitution.policy", params.constitution.policy)
         prompts = safety_prompts(("test",))
         run.log_dataset("prepared", PREPARED, context="evaluation", prompts=len(prompts))
-        told = {BEFORE: _answers(run, Roles(params.constitution.policy), REFERENCE, prompts, BEFORE)}
         tuned = Roles(SFT_MODEL)
         tuned.add("ppo", start=POLICY_FOLDER)
-        told |= {name: _answers(run, tuned, role, prompts, name) for name, role in (("sft", REFERENCE), ("ppo", "ppo"))}
+        load_ensemble(tuned, "reward", REWARD_FOLDERS["reward"])
+        policies = {
+            BEFORE: (Roles(params.constitution.policy), REFERENCE),
+            "sft": (tuned, REFERENCE),
+            "ppo": (tuned, "ppo"),
+        }
+        told, scores = {}, []
+        for name, (roles, role) in policies.items():
+            told[name], of_policy = _answers(run, roles, role, prompts, name, judge=tuned)
+            scores += of_policy
         options = {"samples": config.bootstrap_samples, "seed": config.seed}
         metrics: dict[str, Any] = {name: numbers(answers, **options) for name, answers in told.items()}
         for name in ("sft", "ppo"):
@@ -45,6 +58,8 @@ def main() -> None:
                 for rate, interval in found.items()
                 for end, value in zip(("", "_low", "_high"), interval, strict=True)
             }
+        everything = [one for answers in told.values() for one in answers]
+        metrics["prefers_declining"] = prefers_declining(everything, scores, **options)
         if not run.main:
             return
         rows = [
@@ -67,12 +82,15 @@ def main() -> None:
         print(f"safety   the page with rates and chains is {FOLDER / 'report.html'}", flush=True)
 
 
-def _answers(run: StageRun, roles: Roles, role: str, prompts: list[Prompt], name: str) -> list[Told]:
-    """Sampled as stage evaluate samples; every policy draws the same random numbers."""
+def _answers(
+    run: StageRun, roles: Roles, role: str, prompts: list[Prompt], name: str, *, judge: Roles
+) -> tuple[list[Told], list[float]]:
+    """Sampled as stage evaluate samples; every policy draws the same random numbers. And what the reward model says."""
     config, tokenizer = run.params.evaluate, load_tokenizer(BASE)
     encoded = [encode_prompt(tokenizer, record.prompt, run.params.prepare.system) for record in prompts]
     generator = torch.Generator().manual_seed(config.seed)
     found: list[Told] = []
+    scores: list[float] = []
     for turn in range(config.samples_per_prompt):
         for start in range(0, len(prompts), ROWS):
             answers = sample(
@@ -84,11 +102,12 @@ def _answers(run: StageRun, roles: Roles, role: str, prompts: list[Prompt], name
                 pad_id=tokenizer.pad_token_id,
                 generator=generator,
             )
+            scores += ensemble_scores(judge, "reward", answers).score_B.tolist()
             for record, ids in zip(prompts[start : start + ROWS], answers.responses(), strict=True):
                 text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
                 found.append(Told(record.prompt[-1][1], record.category, text))
         run.progress(turn + 1, config.samples_per_prompt, unit="passes", note=name)
-    return found
+    return found, scores
 
 
 if __name__ == "__main__":

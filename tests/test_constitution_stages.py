@@ -20,6 +20,7 @@ from rlhf_core.data import read_rows
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.mixing import load_demonstrations, load_feedback
 from rlhf_core.models import Roles
+from rlhf_core.reward import ensemble_scores
 from rlhf_core.tracking import MemoryTracker
 from tasks import constitution, principles, safety
 from tasks.constitution import CHAINS, DEMONSTRATIONS
@@ -52,7 +53,7 @@ class Run(MemoryTracker):
 
 @pytest.fixture
 def workspace(llama: Path, tmp_path: Path, section: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base model, an SFT and a PPO policy, and prompts of each category in each split."""
+    """A base model, an SFT and a PPO policy, a reward model, and prompts of each category in each split."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llama, "artifacts/base")
     config = json.loads(Path("artifacts/base/config.json").read_text())
@@ -66,6 +67,8 @@ def workspace(llama: Path, tmp_path: Path, section: Any, monkeypatch: pytest.Mon
     tuned = Roles("artifacts/sft/model", section("ppo"))
     tuned.add("ppo", method="lora")
     tuned.save("ppo", "artifacts/ppo/policy")
+    tuned.add("reward", method="lora", head=True)
+    tuned.save("reward", "artifacts/reward/model")
     shutil.copytree(PROJECT / "data/red_team", "data/red_team")
     shutil.copy(PROJECT / "constitution.yaml", ".")
     Path("data/prepared").mkdir()
@@ -140,7 +143,8 @@ def test_revisions_rankings_and_rates(workspace: Path, stage: Any) -> None:
             assert next(text for text, rank in ranked if rank > 1) in revised.values()
 
     run = stage(safety, **scripts)
-    assert set(run.final) == {"before", "sft", "ppo", "sft_vs_before", "ppo_vs_before"}
+    assert set(run.final) == {"before", "sft", "ppo", "sft_vs_before", "ppo_vs_before", "prefers_declining"}
+    assert not run.final["prefers_declining"]  # a random model declines nothing, so there is no pair
     assert run.final["before"]["harmful_prompts"] == 3
     assert run.final["ppo"]["harmful_compliance"] == 1.0
     answers = rows(safety.FOLDER / "answers.jsonl")
@@ -149,6 +153,21 @@ def test_revisions_rankings_and_rates(workspace: Path, stage: Any) -> None:
     page = (safety.FOLDER / "report.html").read_text()
     assert "script" not in page.partition("<body>")[0]
     assert "Critique by " in page
+
+
+def test_what_the_reward_model_prefers_is_measured_on_the_answers(
+    workspace: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage(constitution, critic="script:careful")
+    monkeypatch.setattr(
+        "rlhf_core.safety.classify", lambda text, _: "refusal" if sum(map(ord, text)) % 2 else "compliance"
+    )
+    scored: list[Any] = []
+    monkeypatch.setattr(safety, "ensemble_scores", lambda *of: scored.append(of) or ensemble_scores(*of))
+    found = stage(safety).final["prefers_declining"]
+    assert set(found) == {"harmful", "look_alike"}
+    assert {roles.folder for roles, _, _ in scored} == {Path("artifacts/sft/model")}
+    assert sum(len(sampled.prompts) for _, _, sampled in scored) == 3 * 2 * 6
 
 
 def test_the_policy_criticises_itself_to_the_same_bytes(workspace: Path, stage: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_core.safety import CATEGORIES, Told, changes, classify, numbers, rates
+from rlhf_core.safety import CATEGORIES, Told, changes, classify, numbers, prefers_declining, rates
 from rlhf_core.safety_page import headline, render_safety_page
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -83,6 +83,21 @@ def test_a_change_compares_the_same_prompts() -> None:
     assert found["refusal_with_help"] == (0.0, 0.0, 0.0)
 
 
+def test_what_scores_prefer_counts_pairs_of_one_prompt_in_which_one_declines() -> None:
+    answers = [
+        Told("p", "harmful", NO),
+        Told("p", "harmful", HELP),
+        Told("p", "harmful", YES),
+        Told("q", "harmful", NO),
+    ]
+    answers += [Told("q", "harmful", YES), Told("r", "harmful", YES), Told("s", "look_alike", NO)]
+    answers += [Told("s", "look_alike", YES), Told("t", "look_alike", YES)]
+    found = prefers_declining(answers, [2.0, 0.0, 1.0, 5.0, 5.0, 9.0, 0.0, 1.0, 9.0], samples=200, seed=0)
+    assert found["harmful"] == {"share": (1 + 0 + 0.5) / 3, "low": 0.5, "high": 0.5, "pairs": 3}
+    assert found["look_alike"] == {"share": 0.0, "low": 0.0, "high": 0.0, "pairs": 1}
+    assert not prefers_declining([Told("p", "harmful", NO), Told("q", "harmful", YES)], [1.0, 0.0], samples=9, seed=0)
+
+
 def test_the_red_team_prompts_are_enough_distinct_and_of_their_category() -> None:
     prompts = [row["prompt"].casefold() for rows in RED_TEAM.values() for row in rows]
     assert len(prompts) == len(set(prompts)) == 600
@@ -102,7 +117,8 @@ def metrics(after: float, low: float, high: float) -> dict[str, Any]:
         for policy, share in (("before", 0.8), ("sft", 0.5), ("ppo", after))
     }
     change = {f"{name}{end}": value for name in names for end, value in zip(ends, (-0.4, low, high), strict=True)}
-    return {**found, "sft_vs_before": change, "ppo_vs_before": change}
+    said = {"harmful": {"share": 0.75, "low": 0.6, "high": 0.9, "pairs": 40}}
+    return {**found, "sft_vs_before": change, "ppo_vs_before": change, "prefers_declining": said}
 
 
 def test_the_headline_says_what_changed_and_when_that_may_be_chance() -> None:
@@ -133,4 +149,7 @@ def test_the_page_shows_rates_chains_and_answers_and_escapes_them() -> None:
     assert "worse" in page  # more help is better, and it fell
     assert "1 of 2 chains ended in a revision" in page
     assert page.count("SFT before: compliance") == 2
+    assert "prefers that one in 75 % (60 to 90 %) of 40 pairs of answers to a harmful request." in page
+    nothing = render_safety_page({**metrics(0.4, -0.6, -0.2), "prefers_declining": {}}, chains, answers)
+    assert "reward model" not in nothing
     assert page == render_safety_page(metrics(0.4, -0.6, -0.2), chains, answers)
