@@ -157,7 +157,7 @@ def check_annotator(name: str) -> None:
     """ConfigError where there is no annotator of that name."""
     if name not in (PEOPLE, *JUDGE):
         if not name.startswith("rule:"):
-            raise ConfigError(f"Found annotator {name!r}, expected people, judge or rule:NAME.")
+            raise ConfigError(f"Found annotator {name!r}, expected people, judge, ai or rule:NAME.")
         rule(name.removeprefix("rule:"))
 
 

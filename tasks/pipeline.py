@@ -102,6 +102,7 @@ def run_stage(
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), stage]
     metrics = root / "metrics" / f"{stage}.json"
     last_metrics = metrics.read_bytes() if metrics.is_file() else None
+    had = _has_outputs(stage, root)
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
         try:
@@ -113,7 +114,7 @@ def run_stage(
                 grace=grace_of(stage, root),
             )
         except BaseException:  # Ctrl-C, a timeout, a cancelled flow run
-            _put_back(stage, root, metrics, last_metrics, on_line)
+            _put_back(stage, root, metrics, last_metrics, had, on_line)
             raise
         if exit_code == 0:
             return _outcome(stage, lines)
@@ -121,7 +122,7 @@ def run_stage(
         if "is being blocked by:" in text:
             raise ResourceError(_blocked_message(stage, text))
         if "Unable to acquire lock" not in text:
-            _put_back(stage, root, metrics, last_metrics, on_line)
+            _put_back(stage, root, metrics, last_metrics, had, on_line)
             raise _stage_error(stage, exit_code, lines)
         holder = _lock_holder(root)
         if time.monotonic() > deadline:
@@ -167,16 +168,28 @@ def checkout(*, root: Path) -> None:
     subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, check=False)
 
 
+def _has_outputs(stage: str, root: Path) -> bool:
+    """Whether the workspace has what the stage's last good run wrote, its metrics apart: git has those in any clone."""
+    with contextlib.suppress(OSError, ConfigError, KeyError, TypeError):  # no lock, or none of the stage
+        outs = [out["path"] for out in _load_yaml(root / "dvc.lock")["stages"][stage]["outs"]]
+        return any((root / out).exists() for out in outs if not out.startswith("metrics/"))
+    return False
+
+
 def _put_back(
-    stage: str, root: Path, metrics: Path, last_metrics: bytes | None, on_line: Callable[[str], None]
+    stage: str, root: Path, metrics: Path, last_metrics: bytes | None, had: bool, on_line: Callable[[str], None]
 ) -> None:
-    """Give the workspace back what the stage's last good run wrote: DVC removes it before it starts a new one."""
+    """Give the workspace back what the stage's last good run wrote: DVC removes it before it starts a new one.
+
+    Args:
+        had: whether it was there; where DVC cannot bring it back and it was, that is said.
+    """
     command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", stage]
     done = subprocess.run(command, cwd=root, env=_child_environment(None), capture_output=True, text=True, check=False)
     if last_metrics is not None and not metrics.is_file():  # not in DVC's cache, since git keeps it
         metrics.parent.mkdir(exist_ok=True)
         metrics.write_bytes(last_metrics)
-    if done.returncode and last_metrics is not None:
+    if done.returncode and had:
         on_line(
             f"What stage {stage} left the last time is not back. Mend what is wrong, then run `dvc checkout {stage}`:"
         )

@@ -125,7 +125,10 @@ def test_a_stopped_flow_leaves_no_process_and_a_killed_run(toy: Path, number: si
         (["serve", "-S", "ppo.kl_coeff=1"], "params.yaml: unknown key ppo.kl_coeff; did you mean ppo.kl_coef?"),
         (["serve", "--cron", "every night"], "Found --cron 'every night', expected minute, hour, day, month and week"),
         (["online", "serve", "--cron", "0 25 * * *"], "Found --cron '0 25 * * *', expected minute, hour, day, month"),
-        (["online", "serve", "--annotator", "robot"], "Found annotator 'robot', expected people, judge or rule:NAME."),
+        (
+            ["online", "serve", "--annotator", "robot"],
+            "Found annotator 'robot', expected people, judge, ai or rule:",
+        ),
         (["serve"], "rlhf/served is served already (process PID). Stop it with Ctrl-C there, or serve"),
         (["online", "serve", "weekly"], "online/weekly-served is served already (process PID). Stop it"),
     ],

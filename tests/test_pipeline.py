@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -169,6 +170,26 @@ def test_an_exception_ends_the_whole_process_group_and_the_last_good_outputs_com
     assert is_gone(int((toy / "hanging").read_text()))
     assert (toy / "artifacts/prepare/out.txt").read_text() == "prepare"
     assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("had", [True, False])
+def test_what_does_not_come_back_is_said_where_it_was_there(toy: Path, had: bool) -> None:
+    run_stage("prepare")
+    shutil.rmtree(toy / ".dvc/cache")
+    if not had:  # as in a fresh clone, to which git gives dvc.lock and metrics
+        shutil.rmtree(toy / "artifacts/prepare")
+    (toy / "behaviour/prepare").write_text("hang")
+    lines = []
+
+    def interrupted(line: str) -> None:
+        lines.append(line)
+        if line.startswith("prepare 1/1"):
+            wait_for(toy / "hanging")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("prepare", force=True, on_line=interrupted)
+    assert any("What stage prepare left the last time is not back" in line for line in lines) is had
 
 
 def test_sigterm_to_the_runner_ends_the_stage(toy: Path) -> None:
