@@ -206,6 +206,8 @@ def logged_finals() -> set[str]:
     shares = {f"<rate>{end}" for end in ("", "_low", "_high")}
     names |= below(["safety/<who>"], shares | {f"{category}_prompts" for category in CATEGORIES})
     names |= below(["safety/<who>_vs_before"], shares)
+    (preferred,) = words("rlhf_core/safety.py", "prefers_declining")
+    names |= below(["safety/prefers_declining/<category>"], preferred)
     rates = Rates(Interval(0, 0, 0), Interval(0, 0, 0)).metrics
     names |= below(["gate"], {*rates(), *rates("gold_")}.union(*words("rlhf_core/gate.py", "judge_round")))
     return names | below(["people", "gate/people"], set(rates()).union(*words("rlhf_core/people.py", "metrics")))
