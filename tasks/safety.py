@@ -40,22 +40,18 @@ def main() -> None:
         tuned = Roles(SFT_MODEL)
         tuned.add("ppo", start=POLICY_FOLDER)
         load_ensemble(tuned, "reward", REWARD_FOLDERS["reward"])
-        policies = {
-            BEFORE: (Roles(params.constitution.policy), REFERENCE),
-            "sft": (tuned, REFERENCE),
-            "ppo": (tuned, "ppo"),
-        }
-        told, scores = {}, []
-        for name, (roles, role) in policies.items():
-            told[name], of_policy = _answers(run, roles, role, prompts, name, judge=tuned)
-            scores += of_policy
+        found = {BEFORE: _answers(run, Roles(params.constitution.policy), REFERENCE, prompts, BEFORE, judge=tuned)}
+        for name, role in (("sft", REFERENCE), ("ppo", "ppo")):
+            found[name] = _answers(run, tuned, role, prompts, name, judge=tuned)
+        told = {name: answers for name, (answers, _) in found.items()}
+        scores = [score for _, of_policy in found.values() for score in of_policy]
         options = {"samples": config.bootstrap_samples, "seed": config.seed}
         metrics: dict[str, Any] = {name: numbers(answers, **options) for name, answers in told.items()}
         for name in ("sft", "ppo"):
-            found = changes(told[BEFORE], told[name], **options)
+            changed = changes(told[BEFORE], told[name], **options)
             metrics[f"{name}_vs_before"] = {
                 f"{rate}{end}": value
-                for rate, interval in found.items()
+                for rate, interval in changed.items()
                 for end, value in zip(("", "_low", "_high"), interval, strict=True)
             }
         everything = [one for answers in told.values() for one in answers]

@@ -127,7 +127,7 @@ def test_a_stopped_flow_leaves_no_process_and_a_killed_run(toy: Path, number: si
         (["online", "serve", "--cron", "0 25 * * *"], "Found --cron '0 25 * * *', expected minute, hour, day, month"),
         (
             ["online", "serve", "--annotator", "robot"],
-            "Found annotator 'robot', expected people, judge, ai or rule:",
+            "Found annotator 'robot', expected people, judge, ai or rule:NAME.",
         ),
         (["serve"], "rlhf/served is served already (process PID). Stop it with Ctrl-C there, or serve"),
         (["online", "serve", "weekly"], "online/weekly-served is served already (process PID). Stop it"),
