@@ -113,6 +113,10 @@ class Supervised(Training):
 class SFT(Supervised):
     """Supervised fine-tuning on demonstrations."""
 
+    keep: Literal["best", "last"] = Field(
+        description="Which epoch is saved: the one with the lowest validation perplexity, or the last. Likelihood "
+        "over-fits before what people prefer does (Ouyang et al. 2022, section 3.5)."
+    )
     feedback: str = Field(
         description="Folder of demonstrations (*.jsonl) to learn from as well, by the splits of their prompts; empty "
         "for none. Those to test prompts are left out."

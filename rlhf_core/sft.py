@@ -98,14 +98,14 @@ def train_sft(
     tracker: Tracker,
     checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> dict[str, Any]:
-    """Train role "policy" on demonstrations and leave it at the epoch with the lowest validation perplexity.
+    """Train role "policy" on demonstrations and leave it at the epoch that `config.keep` names.
 
     Args:
         checkpoints: where a loop that was stopped goes on from.
 
     Returns:
-        Final metrics: `validation_perplexity` (the kept epoch's), `base_perplexity`, `best_epoch`, `train_loss` (nats
-        a token, mean over the last epoch), `steps`, `tokens`.
+        Final metrics: `validation_perplexity` (the kept epoch's), `base_perplexity`, `best_epoch` (the one with the
+        lowest perplexity), `train_loss` (nats a token, mean over the last epoch), `steps`, `tokens`.
 
     Raises:
         TrainingDiverged: a log-probability, a loss or a gradient is not finite.
@@ -123,7 +123,7 @@ def train_sft(
     if so_far is None:
         base = perplexity(roles, POLICY, validation, pad_id, cache=cache)
         tracker.metrics({"sft/validation_perplexity": base}, step=0)
-        so_far = {"step": 0, "base": base, "best": base, "best_epoch": 0, "train_loss": 0.0, "tokens": 0}
+        so_far = {"step": 0, "base": base, "best": base, "kept": base, "best_epoch": 0, "train_loss": 0.0, "tokens": 0}
         so_far |= {"epoch_loss": 0.0, "epoch_tokens": 0}
     for step, batch_of in enumerate(batches[so_far["step"] :], start=so_far["step"] + 1):
         # Sorted by length, a batch's pieces carry little padding; what the batch holds stays random.
@@ -160,8 +160,10 @@ def train_sft(
         if batch_of.ends_epoch:
             current = perplexity(roles, POLICY, validation, pad_id, cache=cache)
             tracker.metrics({"sft/validation_perplexity": current, "sft/epoch": batch_of.epoch}, step=step)
-            if current < so_far["best"]:
+            if better := current < so_far["best"]:
                 so_far |= {"best": current, "best_epoch": batch_of.epoch}
+            if better or config.keep == "last":
+                so_far["kept"] = current
                 copy_into(kept, parameters)
             so_far |= {
                 "train_loss": so_far["epoch_loss"] / so_far["epoch_tokens"],
@@ -172,7 +174,7 @@ def train_sft(
         checkpoints.offer(step, state, so_far)
     copy_into(parameters, kept)
     return {
-        "validation_perplexity": so_far["best"],
+        "validation_perplexity": so_far["kept"],
         "base_perplexity": so_far["base"],
         "best_epoch": so_far["best_epoch"],
         "train_loss": so_far["train_loss"],

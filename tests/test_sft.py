@@ -154,6 +154,17 @@ def test_the_best_epoch_is_kept(llama: Path, section: Callable[..., Any]) -> Non
     assert found == pytest.approx(final["validation_perplexity"], rel=1e-9)
 
 
+def test_the_last_epoch_is_kept_where_that_is_asked_for(llama: Path, section: Callable[..., Any]) -> None:
+    tracker, config = MemoryTracker(), section("sft", lora_layers=0, epochs=6, learning_rate=2e-2, keep="last")
+    roles = policy(llama, config)
+    final = train_sft(roles, EXAMPLES, [*OTHERS, EXAMPLES[2]], config, pad_id=PAD, tracker=tracker)
+    history = [v["sft/validation_perplexity"] for _, v in tracker.history if "sft/validation_perplexity" in v]
+    assert final["validation_perplexity"] == history[-1] > min(history)
+    assert final["best_epoch"] == history.index(min(history)) < 6
+    found = perplexity(roles, POLICY, [*OTHERS, EXAMPLES[2]], PAD)
+    assert found == pytest.approx(history[-1], rel=1e-9)
+
+
 def test_where_every_epoch_is_worse_the_base_stays(llama: Path, section: Callable[..., Any]) -> None:
     config = section("sft", method="full", learning_rate=0.5, epochs=2)
     roles = policy(llama, config, method="full")
