@@ -6,7 +6,8 @@
 The SFT policy of the first part answers red-team prompts. Its answers, revised by principles, are what the second
 part's SFT policy learns from beside the starter demonstrations; that one's answers, compared by principles, are what
 the reward model learns from beside the starter rankings. Each stage is brought up to date through DVC, as in
-flows/rlhf.py, in a workspace of its own, as a campaign of online rounds has one (campaign.py).
+flows/rlhf.py, in a workspace of its own, as a campaign of online rounds has one (campaign.py). What are the rounds'
+own values there are the second part's here.
 """
 
 import shutil
@@ -45,6 +46,7 @@ def constitution(
     name: Annotated[str, Field(title="Campaign")] = "constitution",
     recipe: Annotated[str | None, Field(title="Recipe")] = None,
     overrides: Annotated[list[str], Field(title="Overrides")] = [],  # noqa: B006  (never changed; the form shows a list)
+    then: Annotated[list[str], Field(title="Overrides of the second part")] = [],  # noqa: B006
     until: Annotated[str, Field(title="Last stage")] = STAGES[-1],
     retries: Annotated[int, Field(title="Retries", ge=0, le=10)] = 1,
 ) -> Any:
@@ -54,12 +56,13 @@ def constitution(
         name: Its workspace is .rlhf/NAME. One that is not there is begun.
         recipe: Begin it with the values of recipes/NAME.yaml.
         overrides: Begin it with other values of params.yaml, one `section.key=value` a line.
+        then: More values for the second part only; the SFT policy before is not trained with them.
         until: The last stage to run.
         retries: How often a stage that crashed is started again.
     """
     try:
         project = project_of(find_root())  # the flow may be started in a workspace
-        folder = open_workspace(name, KIND, project=project, recipe=recipe, overrides=overrides)
+        folder = open_workspace(name, KIND, project=project, recipe=recipe, overrides=overrides, in_rounds=then)
         with chdir(folder), workspace_lock(folder):
             check_disk(folder)
             _run(folder, name, until, retries)

@@ -34,6 +34,15 @@ def run(
         list[str] | None,
         typer.Option("--set", "-S", metavar="SECTION.KEY=VALUE", help="Begin with another value of params.yaml."),
     ] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--then",
+            "-T",
+            metavar="SECTION.KEY=VALUE",
+            help="Begin with another value for the second part alone: the SFT policy before is not trained with it.",
+        ),
+    ] = None,
     until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after it: " + ", ".join(STAGES))] = "safety",
 ) -> None:
     """Red-team prompts → answers → critiques → revisions → SFT → comparisons by principle → reward → ppo → rates.
@@ -54,7 +63,7 @@ def run(
     use_server(project)
     from flows.constitution import constitution
 
-    constitution(name=name, recipe=recipe, overrides=overrides or [], until=until)
+    constitution(name=name, recipe=recipe, overrides=overrides or [], then=then or [], until=until)
 
 
 @app.command()

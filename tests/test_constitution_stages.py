@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from flows import constitution as flow
 from flows.campaign import open_workspace
 from flows.constitution import RANKINGS, REVISIONS, START, keep_start, lay_out
+from flows.constitutions import app
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.constitution import Chain
 from rlhf_core.critics import Draft
@@ -273,3 +276,31 @@ def test_the_second_part_reads_what_the_first_left(tmp_path: Path, monkeypatch: 
     assert params.constitution.principles in stages["constitution"]["deps"]
     lay_out(open_workspace("try", "constitution", project=project))  # again, as a run that goes on does
     assert load_params(folder / "params.yaml") == params
+
+
+def test_values_for_the_second_part_are_not_in_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[str, Any] = {}
+
+    def begin(*arguments: Any, **options: Any) -> Path:
+        begun["folder"] = open_workspace(*arguments, **options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("flows.campaign.make_base", lambda params, folder: None)
+    monkeypatch.setattr(flow, "open_workspace", begin)
+    monkeypatch.setattr(flow, "find_root", lambda: PROJECT)
+    monkeypatch.setattr(flow, "project_of", lambda root: tmp_path)
+    for name in ("rlhf_core", "tasks", "data", "recipes", "dvc.yaml", "params.yaml", ".dvcignore", "constitution.yaml"):
+        (tmp_path / name).symlink_to(PROJECT / name)
+    monkeypatch.setattr(flow, "constitution", flow.constitution.fn)  # no server
+    monkeypatch.setattr("flows.server.use_server", lambda project: None)
+    monkeypatch.setattr("tasks.preflight.problems", lambda *_, **__: [])
+    command = ["run", "try", "--recipe", "tiny", "-S", "sft.batch_size=3", "-T", "sft.epochs=7", "-T", "sft.keep=last"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    folder = begun["folder"]
+    first = load_params(folder / "params.yaml").sft
+    lay_out(folder)
+    second = load_params(folder / "params.yaml").sft
+    assert (first.batch_size, second.batch_size) == (3, 3)
+    assert first.epochs != 7 == second.epochs
+    assert (first.keep, second.keep) == ("best", "last")
