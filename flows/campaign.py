@@ -16,7 +16,16 @@ from typing import Any
 
 import yaml
 
-from flows.recipe import copy_code, copy_named, first_params, init_dvc, is_unfinished, make_base, making
+from flows.recipe import (
+    copy_code,
+    copy_named,
+    first_params,
+    init_dvc,
+    is_unfinished,
+    make_base,
+    making,
+    take_new_keys,
+)
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 from tasks.pipeline import STAGES, apply_overrides, checkout, workspace_lock
@@ -117,7 +126,8 @@ def open_workspace(
 ) -> Path:
     """Bring the workspace .rlhf/NAME up to date with the project's code, or make one; it has the project's stages.
 
-    Its parameters are the project's of the day it began, in campaign.yaml, so that what it computes can be compared.
+    Its parameters are the project's of the day it began, in campaign.yaml, so that what it computes can be compared;
+    keys that are newer than that come from the project.
 
     Args:
         kind: what it is for.
@@ -140,6 +150,7 @@ def open_workspace(
         if _has_begun(folder, kind, wanted):  # asked again: another command may have begun it meanwhile
             _copy_code(folder, project)
             for name in ("params.yaml", "campaign.yaml"):  # of the round under way, and of those to come
+                take_new_keys(folder / name, project)
                 copy_named(load_params(folder / name), folder, project)
             return folder
         with making(folder):

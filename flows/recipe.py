@@ -17,6 +17,7 @@ import yaml
 from rlhf_core.config import Params
 from rlhf_core.errors import MissingArtifact, RLHFError
 from tasks.pipeline import LOCK, apply_overrides, apply_recipe, workspace_lock
+from tasks.stage import write_text
 
 CODE = ("rlhf_core", "tasks", "data/starter", "data/red_team", "recipes")
 FILES = ("dvc.yaml", ".dvcignore", "constitution.yaml")
@@ -57,6 +58,23 @@ def first_params(recipe: str | None, overrides: Sequence[str], folder: Path, *, 
     if source:
         apply_recipe(source, root=folder)
     return apply_overrides(overrides, root=folder)
+
+
+def take_new_keys(params: Path, project: Path) -> None:
+    """Give a workspace's parameters the keys that the code has come to ask for since, with the project's values.
+
+    All other values stay. Without this a campaign that began before a key was could not go on.
+    """
+    values, ours = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (params, project / "params.yaml"))
+    new = []
+    for name, section in ours.items():
+        if isinstance(section, dict):
+            missing = {key: value for key, value in section.items() if key not in values.setdefault(name, {})}
+            values[name] |= missing
+            new += [f"{name}.{key} = {value!r}" for key, value in missing.items()]
+    if new:
+        write_text(params, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        print(f"{params} is older than {', '.join(new)}; it has that now, as the project's params.yaml.", flush=True)
 
 
 @contextmanager

@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from flows.recipe import copy_code, copy_named, first_params, init_dvc, is_unfinished, make_base, making
+from flows.recipe import (
+    copy_code,
+    copy_named,
+    first_params,
+    init_dvc,
+    is_unfinished,
+    make_base,
+    making,
+    take_new_keys,
+)
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact
 from rlhf_core.pareto import Outcome, Reached, render_pareto, unbeaten
@@ -107,6 +116,9 @@ def open_sweep(
     folder = project / ".rlhf" / name
     state, asked = folder / "sweep.json", (axes, weights, limits, recipe, overrides, drop)
     known, points = _agreed(folder, *asked)
+    if state.is_file():
+        with workspace_lock(folder):
+            take_new_keys(folder / "params.yaml", project)
     values = _values(folder) if state.is_file() else _first_values(known, project)
     for point in points:
         _params_of(values, point)  # a weight that cannot be is told before anything is written

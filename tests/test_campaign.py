@@ -15,7 +15,7 @@ from flows import campaign as campaigns
 from flows import online, people, recipe, sweeps
 from flows.campaign import FEEDBACK, KEPT, START, Campaign, begin_round, end_round, open_campaign, overview, words
 from flows.constitution import lay_out
-from rlhf_core.config import load_params
+from rlhf_core.config import check_params, load_params
 from rlhf_core.errors import ConfigError, MissingArtifact, ResourceError
 from rlhf_core.feedback import judging
 from rlhf_core.feedback.accounts import add_user, local_admin
@@ -186,6 +186,32 @@ def test_values_for_the_rounds_alone_leave_the_pipeline_as_it_is(campaign: Campa
     open_campaign("other", project=project, **begun)
     with pytest.raises(ConfigError, match=r"in its rounds \['reward.weights=\{human: 3\}'\]"):
         open_campaign("other", project=project, in_rounds=["reward.weights={human: 2}"])
+
+
+def test_a_campaign_from_before_a_key_was_takes_it_from_the_project(
+    campaign: Campaign, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for name in ("params.yaml", "campaign.yaml"):
+        path = campaign.folder / name
+        found[path] = yaml.safe_load(path.read_text())
+        older = yaml.safe_load(path.read_text())
+        del older["sft"]["keep"], older["gate"]
+        path.write_text(yaml.safe_dump(older))
+        with pytest.raises(ConfigError, match=r"sft\.keep is missing"):
+            load_params(path)
+    capsys.readouterr()
+    open_campaign("try", project=project_of(campaign))
+    ours = load_params(PROJECT / "params.yaml")
+    for path, before in found.items():
+        params = load_params(path)
+        assert params.model_dump(exclude={"gate"}) == check_params(before).model_dump(exclude={"gate"})
+        assert params.gate == ours.gate
+    assert capsys.readouterr().out.count("is older than sft.keep = 'best', gate.") == 2
+    untouched = [path.stat().st_mtime_ns for path in found]
+    open_campaign("try", project=project_of(campaign))
+    assert [path.stat().st_mtime_ns for path in found] == untouched
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["", "../other", "a b", ".hidden"])

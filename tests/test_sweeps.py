@@ -102,6 +102,18 @@ def test_a_sweep_keeps_what_it_began_with_and_takes_more_points(project: Path) -
         begin(project, axes=["a", "b"])
 
 
+def test_a_sweep_from_before_a_key_was_takes_it_from_the_project(project: Path) -> None:
+    sweep = begin(project)
+    path = sweep.folder / "params.yaml"
+    before = load_params(path)
+    older = yaml.safe_load(path.read_text())
+    del older["sft"]["keep"]
+    path.write_text(yaml.safe_dump(older))
+    point = begin_point(begin(project), sweep.points[0], project=project)
+    assert load_params(path) == before
+    assert load_params(point / "params.yaml").sft == before.sft
+
+
 def test_what_is_no_sweep_is_told_before_anything_is_made(project: Path) -> None:
     for changes, why in (
         ({"name": "../x"}, "expected letters, digits, - and _"),
