@@ -65,12 +65,19 @@ def take_new_keys(params: Path, project: Path) -> None:
 
     All other values stay. Without this a campaign that began before a key was could not go on.
     """
-    values, ours = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (params, project / "params.yaml"))
+    ours = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(params.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return  # whoever loads it says what is wrong
+    if not isinstance(values, dict):
+        return
     new = []
     for name, section in ours.items():
-        if isinstance(section, dict):
-            missing = {key: value for key, value in section.items() if key not in values.setdefault(name, {})}
-            values[name] |= missing
+        have = values.setdefault(name, {}) if isinstance(section, dict) else None
+        if isinstance(have, dict):
+            missing = {key: value for key, value in section.items() if key not in have}
+            have |= missing
             new += [f"{name}.{key} = {value!r}" for key, value in missing.items()]
     if new:
         write_text(params, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

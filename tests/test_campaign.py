@@ -214,6 +214,26 @@ def test_a_campaign_from_before_a_key_was_takes_it_from_the_project(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "error", "why"),
+    [
+        ("[", ConfigError, "is not valid YAML"),
+        ("[]", ConfigError, "holds a list; expected sections"),
+        ("sft: 3", ConfigError, "sft"),
+        (None, MissingArtifact, r"Found no \S*params\.yaml"),
+    ],
+)
+def test_what_is_wrong_with_a_campaigns_parameters_is_told(
+    campaign: Campaign, text: str | None, error: type[Exception], why: str
+) -> None:
+    path = campaign.folder / "params.yaml"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(error, match=why):
+        open_campaign("try", project=project_of(campaign))
+
+
 @pytest.mark.parametrize("name", ["", "../other", "a b", ".hidden"])
 def test_a_campaigns_name_is_a_plain_word(campaign: Campaign, name: str) -> None:
     with pytest.raises(ConfigError, match="expected letters, digits, - and _"):
