@@ -6,6 +6,7 @@ Where a default comes from is told beside the field's meaning.
 
 import difflib
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,7 +18,7 @@ from rlhf_core.errors import ConfigError, MissingArtifact
 
 Schedule = Literal["constant", "linear", "cosine"]
 ValueNetwork = Literal["own", "shared"]
-MOST_COPIES = 10  # of a ranking an epoch; more would rather be another number of epochs
+MOST_COPIES = 10  # of a record an epoch; more would rather be another number of epochs
 
 
 def require_revision(source: str) -> None:
@@ -121,6 +122,15 @@ class SFT(Supervised):
         description="Folder of demonstrations (*.jsonl) to learn from as well, by the splits of their prompts; empty "
         "for none. Those to test prompts are left out."
     )
+    weights: dict[str, float] = Field(
+        description="How often an epoch sees a demonstration, by its category: 2 is twice, 0.5 one half of them, drawn "
+        "by the seed, 0 none. What is not named has 1. More look-alikes than harmful requests make for fewer refusals."
+    )
+
+    @model_validator(mode="after")
+    def _repeats_few_times(self) -> "SFT":
+        _check_weights(self.weights)
+        return self
 
 
 class Reward(Supervised):
@@ -165,8 +175,9 @@ class Reward(Supervised):
         "none. Those to prompts of other splits than train and validation are left out."
     )
     weights: dict[str, float] = Field(
-        description="How often an epoch sees a ranking, by its source (human, ai, rule; starter where none is told): 2 "
-        "is twice, 0.5 one half of them, drawn by the seed, 0 none. What is not named has 1."
+        description="How often an epoch sees a ranking, by its source (human, ai, rule; starter where none is told) or "
+        "its prompt's category, which goes first where both are named: 2 is twice, 0.5 one half of them, drawn by the "
+        "seed, 0 none. What is not named has 1."
     )
 
     @model_validator(mode="after")
@@ -180,10 +191,14 @@ class Reward(Supervised):
         for key in ("label_smoothing", "margin_coef"):
             if self.loss != "pairs" and getattr(self, key) > 0:
                 raise ValueError(f"{key} {getattr(self, key):g} needs loss pairs: loss {self.loss} has no pairs")
-        for source, weight in self.weights.items():
-            if not 0 <= weight <= MOST_COPIES:
-                raise ValueError(f"weights.{source} {weight:g} is not between 0 and {MOST_COPIES}")
+        _check_weights(self.weights)
         return self
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    for name, weight in weights.items():
+        if not 0 <= weight <= MOST_COPIES:
+            raise ValueError(f"weights.{name} {weight:g} is not between 0 and {MOST_COPIES}")
 
 
 class PPO(Training):

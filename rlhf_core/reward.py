@@ -5,7 +5,6 @@ Beside that head, which learns the ranks, it may have one for each axis of the r
 What it measures of itself, and the statistics that are stored with it, come from here too; curves and files do not.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -86,49 +85,6 @@ def grades_of(record: Ranking) -> tuple[float, ...]:
     if record.margin is not None and len(record.ranks) == 2:
         return tuple(record.margin * (rank == min(record.ranks)) for rank in record.ranks)
     return tuple(sum(of_one) / len(of_one) for of_one in zip(*(record.scores or {}).values(), strict=True))
-
-
-def require_axes(rankings: Mapping[str, Sequence[Ranking]], axes: Sequence[str]) -> None:
-    """Stop before training where an axis has nothing to learn from, or to be measured on.
-
-    Args:
-        rankings: by split; each has to hold a ranking that the axis tells two responses of apart.
-
-    Raises:
-        ConfigError: names the axis, the split, and the axes that the data holds.
-    """
-    for split, records in rankings.items():
-        told = Counter(axis for record in records for axis, values in (record.scores or {}).items() if _differ(values))
-        for axis in axes:
-            if not told[axis]:
-                held = ", ".join(f"{name} ({count} rankings)" for name, count in sorted(told.items())) or "none"
-                raise ConfigError(
-                    f"reward.axes names {axis!r}, but no ranking of split {split} has `scores` that tell two responses "
-                    f"apart on it; axes found there: {held}. Change reward.axes in params.yaml, or add such rankings."
-                )
-
-
-def require_telling(rankings: Sequence[Ranking], config: Reward, sources: Mapping[str, int]) -> None:
-    """Stop where weights leave nothing to train on, which would leave a random head.
-
-    Args:
-        rankings: what is left of split train.
-        sources: of all of it, how many rankings each source has.
-
-    Raises:
-        ConfigError: no ranking prefers one response, or none does on an axis of config.axes; names the weights.
-    """
-    told = {"": sum(_differ(ranking.ranks) for ranking in rankings)}
-    told |= {axis: sum(_differ((one.scores or {}).get(axis, ())) for one in rankings) for axis in config.axes}
-    for axis, count in told.items():
-        if not count:
-            weights = ", ".join(f"{source}: {weight:g}" for source, weight in config.weights.items())
-            held = ", ".join(f"{source} ({total} rankings)" for source, total in sources.items())
-            on_axis = f" on axis {axis!r}" if axis else ""
-            raise ConfigError(
-                f"reward.weights {{{weights}}} leave no ranking of split train that tells two responses apart"
-                f"{on_axis}; found there: {held}. Raise the weight of one of these sources in params.yaml."
-            )
 
 
 def require_same_axes(saved: Collection[str], config: Reward) -> None:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_core.safety import Told
 
-NAMES = {"before": "SFT before", "sft": "SFT on revisions", "ppo": "PPO after that"}
+NAMES = {"before": "SFT before", "sft": "SFT on revisions", "ppo": "PPO after that", "dpo": "DPO in its place"}
 RATES = {  # a rate's words, and whether more of it is better
     "refusal_with_help": ("Declines what is harmful, with help", True),
     "harmful_compliance": ("Does not decline what is harmful", False),

@@ -56,7 +56,7 @@ SHARED = {
     "gradient_checkpointing": False,
 }
 SUPERVISED = {**SHARED, "learning_rate": 0.03, "epochs": 8, "batch_size": 3, "warmup_fraction": 0.25}
-SFT_SECTION = SFT.model_validate({**SUPERVISED, "keep": "best", "feedback": ""})
+SFT_SECTION = SFT.model_validate({**SUPERVISED, "keep": "best", "feedback": "", "weights": {}})
 REWARD_SECTION = Reward.model_validate(
     {
         **SUPERVISED,

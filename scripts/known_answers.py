@@ -50,7 +50,7 @@ SHARED = {
 }
 SFT_SETTINGS = {
     **SHARED, "epochs": 6, "batch_size": 16, "micro_batch_size": 16,
-    "learning_rate": 5e-3, "schedule": "cosine", "warmup_fraction": 0.1, "keep": "best", "feedback": "",
+    "learning_rate": 5e-3, "schedule": "cosine", "warmup_fraction": 0.1, "keep": "best", "feedback": "", "weights": {},
 }
 PPO_SETTINGS = {
     **SHARED, "temperature": 1.0, "epochs": 4, "value_learning_rate": 1e-3, "schedule": "linear",

@@ -1,4 +1,4 @@
-"""Stage dpo: a baseline beside PPO, trained on the same rankings. How it learns is in rlhf_core/dpo.py.
+"""Stage dpo: a baseline beside PPO, trained on the rankings of stage reward. How it learns is in rlhf_core/dpo.py.
 
 With `dpo.epochs: 0` there is none: the stage leaves a note in its folder, and what comes after leaves DPO out.
 """
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from rlhf_core.data import load_prepared
 from rlhf_core.dpo import POLICY, encode_preferences, train_dpo
+from rlhf_core.mixing import SPLITS, load_rankings
 from rlhf_core.models import Roles, load_tokenizer
 from tasks.prepare import BASE, PREPARED
 from tasks.sft import MODEL as SFT_MODEL
-from tasks.stage import StageRun, stage_run, write_json
+from tasks.stage import StageRun, require_watched, stage_run, write_json
 
 POLICY_FOLDER = "artifacts/dpo/policy"
 NO_POLICY = Path(POLICY_FOLDER) / "none.json"  # a folder without a file would be lost on its way through DVC
@@ -32,14 +32,16 @@ def main() -> None:
 def _train(run: StageRun) -> None:
     config, prepare = run.params.dpo, run.params.prepare
     tokenizer = load_tokenizer(BASE)
+    require_watched(run, "reward.feedback", run.params.reward.feedback)
+    records = load_rankings(run.params.reward, PREPARED, SPLITS)
     train, validation = (
         encode_preferences(
-            load_prepared(PREPARED, "rankings", [split]),
+            records[split],
             tokenizer,
             system=prepare.system,
             max_response_tokens=prepare.max_response_tokens,
         )
-        for split in ("train", "validation")
+        for split in SPLITS
     )
     run.log_dataset("prepared", PREPARED, rankings=len(train))
     torch.manual_seed(config.seed)

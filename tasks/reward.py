@@ -13,9 +13,8 @@ import torch
 from rlhf_core.config import Reward
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.ensemble import add_members, member_names, member_seed, members_of, save_ensemble
-from rlhf_core.mixing import count_sources, load_feedback, weigh
+from rlhf_core.mixing import count_sources, load_rankings
 from rlhf_core.models import Roles, TrunkCache, load_tokenizer
-from rlhf_core.records import Ranking
 from rlhf_core.reward import (
     Judgements,
     Quality,
@@ -26,9 +25,7 @@ from rlhf_core.reward import (
     measure,
     mistakes,
     normalise_on_samples,
-    require_axes,
     require_same_axes,
-    require_telling,
     set_temperatures,
     temperature_of,
     train_reward,
@@ -52,7 +49,7 @@ def main() -> None:
         require_watched(run, "reward.feedback", config.feedback)
         tokenizer = load_tokenizer(BASE)
         pad_id = int(tokenizer.pad_token_id)
-        records = load_rankings(config)
+        records = load_rankings(config, PREPARED)
         rankings = {
             split: encode_rankings(
                 of_split,
@@ -123,24 +120,6 @@ def main() -> None:
             write_csv(Path("plots/calibration.csv"), _calibration({role: qualities[role] for role in FOLDERS}))
         run.register_model("reward", FOLDERS["reward"], together)
         run.register_model("gold", FOLDERS["gold"], final["gold"])
-
-
-def load_rankings(config: Reward, prepared: Path = PREPARED) -> dict[str, list[Ranking]]:
-    """The rankings of each split; those of train with people's judgements, and as often as config.weights says.
-
-    Raises:
-        ConfigError: none is left that tells two responses apart, or an axis has none.
-    """
-    records = {split: load_prepared(prepared, "rankings", [split]) for split in ("train", "validation", "gold", "test")}
-    require_axes(records, config.axes)
-    if config.feedback:
-        for split, rows in load_feedback(Path(config.feedback), prepared).items():
-            records[split] += rows
-    if config.weights:
-        everything = records["train"]
-        records["train"] = weigh(everything, config.weights, seed=config.seed)
-        require_telling(records["train"], config, count_sources(everything))
-    return records
 
 
 def add_models(roles: Roles, config: Reward) -> None:

@@ -19,6 +19,8 @@ from rlhf_core.rollouts import sample
 from rlhf_core.safety import Told, changes, numbers, prefers_declining
 from rlhf_core.safety_page import write_safety_page
 from tasks.constitution import CHAINS, safety_prompts
+from tasks.dpo import NO_POLICY
+from tasks.dpo import POLICY_FOLDER as DPO_FOLDER
 from tasks.files import write_jsonl
 from tasks.ppo import POLICY_FOLDER
 from tasks.prepare import BASE, PREPARED
@@ -32,22 +34,27 @@ ROWS = 64  # prompts answered at once
 
 
 def main() -> None:
-    with stage_run("safety", deps=[BASE, SFT_MODEL, REWARD_FOLDERS["reward"], POLICY_FOLDER, PREPARED, CHAINS]) as run:
+    deps = [BASE, SFT_MODEL, REWARD_FOLDERS["reward"], POLICY_FOLDER, DPO_FOLDER, PREPARED, CHAINS]
+    with stage_run("safety", deps=deps) as run:
         config, params = run.params.evaluate, run.params
         require_watched(run, "constitution.policy", params.constitution.policy)
         prompts = safety_prompts(("test",))
         run.log_dataset("prepared", PREPARED, context="evaluation", prompts=len(prompts))
         tuned = Roles(SFT_MODEL)
         tuned.add("ppo", start=POLICY_FOLDER)
+        after = {"sft": REFERENCE, "ppo": "ppo"}
+        if not NO_POLICY.is_file():
+            tuned.add("dpo", start=DPO_FOLDER)
+            after["dpo"] = "dpo"
         load_ensemble(tuned, "reward", REWARD_FOLDERS["reward"])
         found = {BEFORE: _answers(run, Roles(params.constitution.policy), REFERENCE, prompts, BEFORE, judge=tuned)}
-        for name, role in (("sft", REFERENCE), ("ppo", "ppo")):
+        for name, role in after.items():
             found[name] = _answers(run, tuned, role, prompts, name, judge=tuned)
         told = {name: answers for name, (answers, _) in found.items()}
         scores = [score for _, of_policy in found.values() for score in of_policy]
         options = {"samples": config.bootstrap_samples, "seed": config.seed}
         metrics: dict[str, Any] = {name: numbers(answers, **options) for name, answers in told.items()}
-        for name in ("sft", "ppo"):
+        for name in after:
             changed = changes(told[BEFORE], told[name], **options)
             metrics[f"{name}_vs_before"] = {
                 f"{rate}{end}": value

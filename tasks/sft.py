@@ -1,10 +1,7 @@
 """Stage sft: the supervised fine-tuned policy. How it learns is in rlhf_core/sft.py."""
 
-from pathlib import Path
-
 import torch
 
-from rlhf_core.data import load_prepared
 from rlhf_core.mixing import load_demonstrations
 from rlhf_core.models import Roles, load_tokenizer
 from rlhf_core.sft import POLICY, encode_demonstrations, train_sft
@@ -19,10 +16,7 @@ def main() -> None:
         config, prepare = run.params.sft, run.params.prepare
         require_watched(run, "sft.feedback", config.feedback)
         tokenizer = load_tokenizer(BASE)
-        records = {split: load_prepared(PREPARED, "demonstrations", [split]) for split in ("train", "validation")}
-        if config.feedback:
-            for split, rows in load_demonstrations(Path(config.feedback), PREPARED).items():
-                records[split] += rows
+        records = load_demonstrations(config, PREPARED)
         train, validation = (
             encode_demonstrations(
                 of_split, tokenizer, system=prepare.system, max_response_tokens=prepare.max_response_tokens

@@ -53,7 +53,10 @@ SECTIONS: dict[str, tuple[type, dict[str, Any]]] = {
             "gold_fraction": 0.2,
         },
     ),
-    "sft": (SFT, {**LORA, "epochs": 1, "batch_size": 4, "warmup_fraction": 0.0, "keep": "best", "feedback": ""}),
+    "sft": (
+        SFT,
+        {**LORA, "epochs": 1, "batch_size": 4, "warmup_fraction": 0.0, "keep": "best", "feedback": "", "weights": {}},
+    ),
     "reward": (
         Reward,
         {

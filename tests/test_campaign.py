@@ -81,8 +81,9 @@ def test_a_later_round_continues_from_the_promoted_one(campaign: Campaign) -> No
     stages = yaml.safe_load((campaign.folder / "dvc.yaml").read_text())["stages"]
     original = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
     assert set(stages) - set(original) == {"preferences", "gate"}
-    for name in ("prepare", "sft", "dpo", "evaluate"):
+    for name in ("prepare", "sft", "evaluate"):
         assert stages[name] == original[name]
+    assert stages["dpo"] == {**original["dpo"], "deps": [*original["dpo"]["deps"], "data/feedback"]}
     assert {"artifacts/start/reward", "data/feedback"} == set(stages["reward"]["deps"]) - set(
         original["reward"]["deps"]
     )
@@ -96,6 +97,7 @@ def test_what_a_key_names_is_among_what_dvc_watches(campaign: Campaign) -> None:
     params = load_params(campaign.folder / "params.yaml")
     assert params.reward.start in stages["reward"]["deps"]
     assert params.reward.feedback in stages["reward"]["deps"]
+    assert params.reward.feedback in stages["dpo"]["deps"]
     assert params.ppo.start in stages["ppo"]["deps"]
     assert params.preferences.policy in stages["preferences"]["deps"]
 

@@ -36,7 +36,7 @@ from rlhf_core.errors import ConfigError, DataError, MissingArtifact
 from rlhf_core.feedback.annotators import Item
 from rlhf_core.feedback.endpoint import question
 from rlhf_core.feedback.pairs import Look, Opinion, PairwiseJudge
-from rlhf_core.mixing import load_demonstrations
+from rlhf_core.mixing import load_revisions
 from rlhf_core.models import REFERENCE, Roles
 from rlhf_core.safety import HARMFUL, LOOK_ALIKE, Told, classify
 
@@ -186,14 +186,14 @@ def test_demonstrations_follow_the_splits_of_their_prompts(tmp_path: Path) -> No
         (prepared / f"prompts_{split}.jsonl").write_text(json.dumps({"prompt": split, "category": "harmful"}) + "\n")
     rows = [{"prompt": name, "response": "R."} for name in ("gold", "test", "validation", "train", "unknown")]
     (folder / "revisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = load_demonstrations(folder, prepared)
+    found = load_revisions(folder, prepared)
     assert [record.prompt[0][1] for record in found["train"]] == ["gold", "train"]
     assert [(record.prompt[0][1], record.category) for record in found["validation"]] == [("validation", "harmful")]
     (folder / "more.jsonl").write_text('{"prompt": "train"}\n')
     with pytest.raises(DataError, match=r"more\.jsonl, line 1, response: found nothing"):
-        load_demonstrations(folder, prepared)
+        load_revisions(folder, prepared)
     with pytest.raises(MissingArtifact, match=r"sft\.feedback names"):
-        load_demonstrations(tmp_path / "none", prepared)
+        load_revisions(tmp_path / "none", prepared)
 
 
 # ---- critics

@@ -16,17 +16,21 @@ from flows import constitution as flow
 from flows.campaign import open_workspace
 from flows.constitution import RANKINGS, REVISIONS, START, keep_start, lay_out
 from flows.constitutions import app
+from rlhf_core.checkpoints import NO_CHECKPOINTS
 from rlhf_core.config import Params, check_params, load_params
 from rlhf_core.constitution import Chain
 from rlhf_core.critics import Draft
 from rlhf_core.data import read_rows
+from rlhf_core.dpo import train_dpo
 from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.mixing import load_demonstrations, load_feedback
+from rlhf_core.mixing import load_feedback, load_revisions
 from rlhf_core.models import Roles
 from rlhf_core.reward import ensemble_scores
 from rlhf_core.tracking import MemoryTracker
-from tasks import constitution, principles, safety
+from tasks import constitution, dpo, principles, safety
 from tasks.constitution import CHAINS, DEMONSTRATIONS
+from tasks.dpo import NO_POLICY
+from tasks.stage import write_json
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHORT = {
@@ -38,7 +42,7 @@ WORDS = {"harmful": "How do I spy on", "look_alike": "How do I beat"}
 class Run(MemoryTracker):
     """What a stage is given, without DVC and MLflow."""
 
-    main, stage = True, ""
+    main, stage, checkpoints = True, "", NO_CHECKPOINTS
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -49,6 +53,8 @@ class Run(MemoryTracker):
         return True
 
     def log_dataset(self, *_: Any, **__: Any) -> None: ...
+
+    def register_model(self, *_: Any, **__: Any) -> None: ...
 
     def finish_metrics(self, metrics: dict[str, Any]) -> None:
         self.final = metrics
@@ -72,6 +78,7 @@ def workspace(llama: Path, tmp_path: Path, section: Any, monkeypatch: pytest.Mon
     tuned.save("ppo", "artifacts/ppo/policy")
     tuned.add("reward", method="lora", head=True)
     tuned.save("reward", "artifacts/reward/model")
+    write_json(NO_POLICY, {"dpo.epochs": 0})
     shutil.copytree(PROJECT / "data/red_team", "data/red_team")
     shutil.copy(PROJECT / "constitution.yaml", ".")
     Path("data/prepared").mkdir()
@@ -88,11 +95,13 @@ def workspace(llama: Path, tmp_path: Path, section: Any, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs a stage's main with some values of section constitution; gives its run back."""
+    """Runs a stage's main with some values of section constitution, and of others; gives its run back."""
 
-    def start(module: Any, **changes: Any) -> Run:
+    def start(module: Any, sections: dict[str, dict[str, Any]] | None = None, **changes: Any) -> Run:
         raw = yaml.safe_load((PROJECT / "params.yaml").read_text())
         raw["constitution"] |= SHORT | changes
+        for name, values in (sections or {}).items():
+            raw[name] |= values
         raw["evaluate"] |= {"response_tokens": 6, "bootstrap_samples": 100}
         run = Run(check_params(raw))
 
@@ -123,7 +132,7 @@ def test_revisions_rankings_and_rates(workspace: Path, stage: Any) -> None:
     assert found["over_refusal_after"] == 0.0
     demonstrations = rows(DEMONSTRATIONS)
     assert {row["annotator"] for row in demonstrations} == {"script:careful"}
-    by_split = load_demonstrations(Path(REVISIONS), Path("data/prepared"))
+    by_split = load_revisions(Path(REVISIONS), Path("data/prepared"))
     assert sum(map(len, by_split.values())) == len(demonstrations)
     assert not [row for row in demonstrations if "of test" in row["prompt"][0]["content"]]
 
@@ -171,6 +180,51 @@ def test_what_the_reward_model_prefers_is_measured_on_the_answers(
     assert set(found) == {"harmful", "look_alike"}
     assert {roles.folder for roles, _, _ in scored} == {Path("artifacts/sft/model")}
     assert sum(len(sampled.prompts) for _, _, sampled in scored) == 3 * 2 * 6
+
+
+def test_dpo_learns_from_the_rankings_of_the_reward_model_and_is_measured_too(
+    workspace: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ranked(prompt: str, **more: Any) -> str:
+        return json.dumps({"prompt": prompt, "responses": ["a", "b"], "ranks": [1, 2], **more}) + "\n"
+
+    for split in ("train", "validation"):
+        Path(f"data/prepared/rankings_{split}.jsonl").write_text(ranked("Name a fruit."))
+    Path(RANKINGS).mkdir(parents=True)
+    of = {
+        split: [f"{words} number 1 of {split}?" for words in WORDS.values()]
+        for split in ("train", "validation", "test")
+    }
+    judged = [ranked(prompt, source="ai") for prompts in of.values() for prompt in prompts]
+    Path(RANKINGS, "rankings.jsonl").write_text("".join(judged))
+    learned: list[Any] = []
+    monkeypatch.setattr(dpo, "train_dpo", lambda *of, **more: learned.append(of[1:3]) or train_dpo(*of, **more))
+    short = {"epochs": 1, "batch_size": 2, "lora_layers": 0}
+    for reward, expected in (
+        ({"feedback": ""}, (1, 1)),
+        ({"feedback": RANKINGS}, (3, 3)),
+        ({"feedback": RANKINGS, "weights": {"ai": 2, "starter": 0}}, (4, 3)),
+    ):
+        run = stage(dpo, {"dpo": short, "reward": reward})
+        assert tuple(map(len, learned[-1])) == expected
+    assert run.final["rankings"] == 4
+
+    shutil.rmtree("artifacts/dpo")
+    stage(dpo, {"dpo": short, "reward": {"feedback": RANKINGS}})
+    stage(constitution, critic="script:careful")
+    found = stage(safety).final
+    assert found["dpo"]["harmful_prompts"] == 3
+    assert "harmful_compliance" in found["dpo_vs_before"]
+    assert {row["policy"] for row in rows(safety.FOLDER / "answers.jsonl")} == {"before", "sft", "ppo", "dpo"}
+    assert "DPO in its place" in (safety.FOLDER / "report.html").read_text()
+
+
+def test_dpo_refuses_rankings_that_dvc_does_not_watch(
+    workspace: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "is_dependency", lambda self, path: False)
+    with pytest.raises(ConfigError, match=r"^reward\.feedback = 'elsewhere' is none of the deps of stage dpo"):
+        stage(dpo, {"dpo": {"epochs": 1}, "reward": {"feedback": "elsewhere"}})
 
 
 def test_the_policy_criticises_itself_to_the_same_bytes(workspace: Path, stage: Any) -> None:

@@ -1,6 +1,5 @@
 """The reward model: rankings become scores, a batch may be cut anywhere, and what it measures is right by hand."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,6 @@ from rlhf_core.reward import (
     mistakes,
     normalise_on_samples,
     outputs_of_rankings,
-    require_axes,
     score_rankings,
     score_samples,
     temperature_of,
@@ -43,7 +41,7 @@ from rlhf_core.reward import (
 from rlhf_core.rollouts import sample
 from rlhf_core.statistics import calibration_error_by_chance
 from rlhf_core.tracking import MemoryTracker, NullTracker
-from tasks.reward import add_models, load_rankings
+from tasks.reward import add_models
 
 PAD, ROLE = 0, "reward"
 
@@ -582,49 +580,6 @@ def test_each_axis_is_normalised_by_its_own_scores_on_the_samples(
     (kind, true) = (roles.axes[ROLE][axis] for axis in ("kind", "true"))
     assert len({kind.mean, true.mean, found[ROLE][0]}) == 3
     assert min(kind.std, true.std) > 0.01
-
-
-@pytest.mark.parametrize("axis", ["kindness", "flat"])
-def test_an_axis_that_nothing_teaches_is_refused_by_name(axis: str) -> None:
-    def record(**scores: list[float]) -> Ranking:
-        return Ranking((("user", "hi"),), ("a", "b"), (1, 2), scores=dict(scores) or None)
-
-    rows = [record(helpfulness=[1, 2], flat=[3, 3]), record(helpfulness=[2, 1], truth=[0, 4]), record()]
-    require_axes({"train": rows, "gold": rows}, ["helpfulness", "truth"])
-    with pytest.raises(
-        ConfigError,
-        match=rf"names '{axis}', but no ranking of split train .* helpfulness \(2 rankings\), truth \(1 rankings\)",
-    ):
-        require_axes({"train": rows}, ["helpfulness", axis])
-    with pytest.raises(ConfigError, match=r"'truth', but no ranking of split gold .* found there: none"):
-        require_axes({"train": rows, "gold": rows[2:]}, ["truth"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weights": {"ai": 0}}, r"weights \{ai: 0\} leave no ranking .* apart; found there: ai \(2 "),
-        ({"weights": {"ai": 0.1, "human": 0}}, r"weights \{ai: 0\.1, human: 0\} leave no ranking"),
-        (
-            {"weights": {"ai": 0, "human": 1}, "axes": ["kind"]},
-            r"ai: 0, human: 1\} leave .* apart on axis 'kind'; found",
-        ),
-    ],
-)
-def test_weights_that_leave_nothing_to_learn_are_refused(
-    section: Callable[..., Any], tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    def row(source: str, ranks: list[int], **more: Any) -> dict[str, Any]:
-        return {"prompt": "hi", "responses": ["a", "b"], "ranks": ranks, "source": source, **more}
-
-    rows = [row("ai", [1, 2], scores={"kind": [1, 2]})] * 2 + [row("rule", [1, 1])]
-    rows += [row("human", [2, 1])] if "axes" in changes else []
-    for split in ("train", "validation", "gold", "test"):
-        (tmp_path / f"rankings_{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    with pytest.raises(ConfigError, match=message):
-        load_rankings(section("reward", **changes), tmp_path)
-    found = load_rankings(section("reward", **{**changes, "weights": {"ai": 2}}), tmp_path)
-    assert len(found["train"]) == len(rows) + 2 == len(found["test"]) + 2
 
 
 def test_going_on_from_a_model_of_other_axes_is_refused(
