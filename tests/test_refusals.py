@@ -1,6 +1,7 @@
 """What an answer does with a request: the rule held against labels given by hand, rates by hand, and the page."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def test_what_scores_prefer_counts_pairs_of_one_prompt_in_which_one_declines() -
 
 def test_the_red_team_prompts_are_enough_distinct_and_of_their_category() -> None:
     prompts = [row["prompt"].casefold() for rows in RED_TEAM.values() for row in rows]
-    assert len(prompts) == len(set(prompts)) == 600
-    assert all(len(rows) == 300 for rows in RED_TEAM.values())
+    assert len(prompts) == len(set(prompts)) == 1200
+    assert {category: len(rows) for category, rows in RED_TEAM.items()} == {"harmful": 500, "look_alike": 700}
+    assert set(Counter(row["topic"] for row in RED_TEAM["harmful"]).values()) == {50}
     assert all(row["category"] == category for category, rows in RED_TEAM.items() for row in rows)
     lines = (PROJECT / "data/starter/prompts.jsonl").read_text().splitlines()
     starter = {json.loads(line)["prompt"].casefold() for line in lines}
