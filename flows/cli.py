@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -18,6 +18,9 @@ from rlhf_core.errors import ResourceError, RLHFError
 from tasks import preflight
 from tasks.environment import record_folder
 from tasks.pipeline import STAGES, apply_overrides, find_root, run_stage, serving_lock, workspace_lock
+
+if TYPE_CHECKING:
+    from flows.rlhf import Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,11 +95,11 @@ def run(
     - `rlhf run -S ppo.kl_coef=0.1 -S ppo.updates=60 --name low-kl`
     - `rlhf run --until reward`
     """
-    _check_stage(until)
+    last = _stage(until)
     _begin(recipe)
     from flows.rlhf import rlhf
 
-    rlhf(overrides=overrides or [], until=until, force=force, fresh=fresh, run_name=name, retries=retries)
+    rlhf(overrides=overrides or [], until=last, force=force, fresh=fresh, run_name=name, retries=retries)
 
 
 @app.command()
@@ -145,7 +148,7 @@ def stage(
 
     - `rlhf stage evaluate --force`
     """
-    _check_stage(name)
+    _stage(name)
     root = find_root()
     from tasks.stage import check_disk, forget_checkpoints
 
@@ -429,9 +432,10 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _check_stage(name: str) -> None:
+def _stage(name: str) -> "Stage":
     if name not in STAGES:
         _usage(f"Found STAGE {name!r}, expected one of {STAGE_NAMES}.")
+    return cast("Stage", name)
 
 
 def _usage(message: str) -> NoReturn:

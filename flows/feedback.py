@@ -3,7 +3,7 @@
 import getpass
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,6 +13,7 @@ from tasks.environment import record_folder
 from tasks.pipeline import find_root
 
 if TYPE_CHECKING:
+    from rlhf_core.feedback.judging import Kind
     from rlhf_core.feedback.store import Store
 
 KINDS = ("rank", "compare", "write")
@@ -150,7 +151,8 @@ def import_items(
         others = exchange.read_file(second_file)
         items = exchange.pair_files((exchange.label(file), rows), (exchange.label(second_file), others))
     else:
-        items = exchange.find_items(file, rows, kind=kind, policies=(first, second), how=how, gold=gold)
+        of_kind = cast("Kind | None", kind)
+        items = exchange.find_items(file, rows, kind=of_kind, policies=(first, second), how=how, gold=gold)
     store = _open(database or context.obj)
     with store.session() as session:
         imported = exchange.add_items(session, items, overlap=overlap, axes=exchange.names(axes))

@@ -56,7 +56,7 @@ def judge_check(
     config = params.judge
     judge = open_judge(config, params.prepare, memory=memory, tracker=ProgressTracker("judge"))
     quality = check_judge(judge, rankings, pairs=pairs or config.check_pairs, seed=config.seed)
-    counts = getattr(judge, "counts", dict)()
+    counts: dict[str, float] = getattr(judge, "counts", dict)()
     typer.echo(table(judge.name, quality, cost=counts.get("cost")))
     if quality.agreement.low < config.bar:
         raise JudgeRefused(refusal(judge.name, quality, config.bar, how_to_set("judge", "bar", "0")))

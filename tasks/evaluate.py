@@ -24,7 +24,7 @@ FOLDER = Path("artifacts/evaluate")
 
 
 def main() -> None:
-    deps = [BASE, SFT_MODEL, *REWARD_FOLDERS.values(), POLICY_FOLDER, DPO_FOLDER, PREPARED]
+    deps: list[str | Path] = [BASE, SFT_MODEL, *REWARD_FOLDERS.values(), POLICY_FOLDER, DPO_FOLDER, PREPARED]
     with stage_run("evaluate", deps=deps) as run:
         config = run.params.evaluate
         prompts = load_prepared(PREPARED, "prompts", ["test"])
@@ -32,7 +32,7 @@ def main() -> None:
         run.log_dataset("prepared", PREPARED, context="evaluation", prompts=len(prompts))
         base, tuned = Roles(BASE), Roles(SFT_MODEL)
         tuned.add("ppo", start=POLICY_FOLDER)
-        policies = POLICIES
+        policies: tuple[str, ...] = POLICIES
         if not NO_POLICY.is_file():
             tuned.add("dpo", start=DPO_FOLDER)
             policies = (*POLICIES, "dpo")

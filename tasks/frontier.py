@@ -79,7 +79,8 @@ def _points(snapshot: Snapshot, settings: str) -> list[Point]:
     for prefix, method in named.items():
         numbers = [snapshot.metrics.get(f"{prefix}/{name}", math.nan) for name in ("kl", "reward", "gold_reward")]
         if all(map(math.isfinite, numbers)):
-            points.append(Point(snapshot.name, method, *numbers, settings=settings))
+            kl, reward, gold_reward = numbers
+            points.append(Point(snapshot.name, method, kl, reward, gold_reward, settings))
     return points
 
 

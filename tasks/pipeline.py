@@ -410,7 +410,7 @@ def _stage_error(stage: str, exit_code: int, lines: list[str]) -> StageFailed:
         hint = ". Memory may have run out: halve its micro_batch_size" if name == "SIGKILL" else ""
         message = f"it was ended by signal {name}{hint}"
     else:
-        of_ranks = [words.group(1) for line in said if (words := re.match(r"\[rank\d+\]: (\S.*)", line))]
+        of_ranks = [found.group(1) for line in said if (found := re.match(r"\[rank\d+\]: (\S.*)", line))]
         message = "\n".join((of_ranks or said)[-1:]) or f"exit code {exit_code}, without a word"
     return StageFailed(stage, exit_code, message)
 

@@ -6,6 +6,7 @@ keeps it under data/feedback/, where DVC versions it.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def main() -> None:
             tokenizer=load_tokenizer(BASE), system=run.params.prepare.system, tracker=run,
             disagreement=_disagreement(roles) if chooses else None,
         )  # fmt: skip
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "prompt": [{"role": role, "content": content} for role, content in item.prompt.prompt],
                 "responses": list(item.responses),

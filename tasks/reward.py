@@ -59,7 +59,8 @@ def main() -> None:
             )
             for split, of_split in records.items()
         }
-        run.log_dataset("prepared", PREPARED, **{f"rankings_{split}": len(rows) for split, rows in rankings.items()})
+        counts: dict[str, Any] = {f"rankings_{split}": len(rows) for split, rows in rankings.items()}
+        run.log_dataset("prepared", PREPARED, **counts)
         torch.manual_seed(config.seed)
         roles, cache = Roles(SFT_MODEL, config), TrunkCache()
         add_models(roles, config)

@@ -34,7 +34,7 @@ ROWS = 64  # prompts answered at once
 
 
 def main() -> None:
-    deps = [BASE, SFT_MODEL, REWARD_FOLDERS["reward"], POLICY_FOLDER, DPO_FOLDER, PREPARED, CHAINS]
+    deps: list[str | Path] = [BASE, SFT_MODEL, REWARD_FOLDERS["reward"], POLICY_FOLDER, DPO_FOLDER, PREPARED, CHAINS]
     with stage_run("safety", deps=deps) as run:
         config, params = run.params.evaluate, run.params
         require_watched(run, "constitution.policy", params.constitution.policy)
