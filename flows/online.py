@@ -44,7 +44,7 @@ from flows.rlhf import bring_up_to_date
 from flows.waiting import StoppedByHand
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import ConfigError, RLHFError
-from rlhf_core.feedback.annotators import Annotator, Item, Judgement, rule
+from rlhf_core.feedback.annotators import Annotator, Item, as_ranking, rule
 from tasks.environment import how_to_set, project_of, record_folder
 from tasks.files import write_jsonl
 from tasks.pipeline import find_root, version_data, workspace_lock
@@ -230,13 +230,6 @@ def judge(
             found.append({**row, **as_ranking(said, annotator)})
     get_run_logger().info(f"{annotator.name} ranked the answers to {len(found)} of {len(rows)} prompts")
     return found, counts_of(annotator)
-
-
-def as_ranking(said: Judgement, annotator: Annotator) -> dict[str, Any]:
-    """What a ranking of docs/data.md says of its judgement: ranks, source, annotator, how sure, and scores if given."""
-    about = {"source": annotator.source, "annotator": annotator.name, "confidence": round(said.confidence, 4)}
-    scores = {"scores": said.scores} if said.scores else {}
-    return {"ranks": list(said.ranks), **about, "comment": said.reason, **scores}
 
 
 def _ask(campaign: Campaign, number: int, rows: list[dict[str, Any]], waiting: Waiting) -> list[dict[str, Any]]:

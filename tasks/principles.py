@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_core.constitution import answers_of_chains, chain_of, draw_principle, load_principles, messages
 from rlhf_core.critics import ScriptedAnnotator
 from rlhf_core.data import load_prepared, read_rows
-from rlhf_core.feedback.annotators import Annotator, Item
+from rlhf_core.feedback.annotators import Annotator, Item, as_ranking
 from rlhf_core.feedback.judges import admit, counts_of, open_judge
 from rlhf_core.feedback.local import LabelComparer
 from rlhf_core.feedback.pairs import PairwiseJudge
@@ -52,12 +52,8 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for item, (principle, category), judged in zip(items, drawn, annotator.judge(items), strict=True):
             if len(set(judged.ranks)) > 1:
-                about = {"source": annotator.source, "annotator": annotator.name, "principle": principle}
-                about |= {"category": category, "comment": judged.reason}
-                ranking = {"prompt": messages(item.prompt), "responses": list(item.responses)}
-                rows.append(
-                    {**ranking, "ranks": list(judged.ranks), "confidence": round(judged.confidence, 4), **about}
-                )
+                asked = {"prompt": messages(item.prompt), "responses": list(item.responses)}
+                rows.append({**asked, **as_ranking(judged, annotator), "principle": principle, "category": category})
         if not rows:  # the rest can still run: the reward model learns from the starter rankings
             print(
                 f"principles  all {len(items)} comparisons by {annotator.name} are ties and teach nothing", flush=True

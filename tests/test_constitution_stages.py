@@ -23,6 +23,7 @@ from rlhf_core.critics import Draft
 from rlhf_core.data import read_rows
 from rlhf_core.dpo import train_dpo
 from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.feedback.annotators import Item, Judgement, ranks_of
 from rlhf_core.mixing import load_feedback, load_revisions
 from rlhf_core.models import Roles
 from rlhf_core.reward import ensemble_scores
@@ -253,6 +254,23 @@ def test_a_rule_as_the_judge_takes_the_same_path_as_an_ai(
         assert len(row["responses"][best]) == max(map(len, row["responses"]))
     by_split = load_feedback(Path(RANKINGS), Path("data/prepared"))
     assert sum(map(len, by_split.values())) == len(found)
+
+
+def test_scores_and_doubt_of_a_judge_come_along(workspace: Path, stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Grading:
+        name, source = "grading", "ai"
+
+        def judge(self, items: Sequence[Item]) -> list[Judgement]:
+            lengths = [[float(len(text)) for text in item.responses] for item in items]
+            return [Judgement(ranks_of(of), {"helpfulness": of}, "longer", 0.25) for of in lengths]
+
+    monkeypatch.setattr(principles, "_open_annotator", lambda run: Grading())
+    stage(principles)
+    [*found] = rows(principles.RANKINGS)
+    assert len(found) > 6
+    for row in found:
+        assert row["scores"] == {"helpfulness": [len(text) for text in row["responses"]]}
+        assert (row["annotator"], row["confidence"], row["comment"]) == ("grading", 0.25, "longer")
 
 
 def test_a_judge_whose_weights_dvc_does_not_watch_is_refused(

@@ -340,9 +340,8 @@ def test_what_was_not_measured_is_a_dash_in_the_table_and_in_words() -> None:
 
 
 def test_what_a_judge_says_is_a_ranking_that_tells_who_and_how_sure() -> None:
-    from flows.online import as_ranking
     from rlhf_core.data import parse_ranking
-    from rlhf_core.feedback.annotators import Item, Judgement
+    from rlhf_core.feedback.annotators import Item, Judgement, as_ranking
     from rlhf_core.feedback.pairs import Opinion, PairwiseJudge
 
     class Comparer:

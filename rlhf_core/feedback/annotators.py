@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rlhf_core.errors import ConfigError
 from rlhf_core.records import Message
@@ -52,6 +52,13 @@ class Annotator(Protocol):
             RLHFError: it had to stop, such as at a limit of spending. Whatever was paid for is kept by the annotator,
                 so that the same call, made again, goes on where this one stopped.
         """
+
+
+def as_ranking(said: Judgement, annotator: Annotator) -> dict[str, Any]:
+    """What a ranking of docs/data.md says of its judgement: ranks, source, annotator, how sure, and scores if given."""
+    about = {"source": annotator.source, "annotator": annotator.name, "confidence": round(said.confidence, 4)}
+    scores = {"scores": said.scores} if said.scores else {}
+    return {"ranks": list(said.ranks), **about, "comment": said.reason, **scores}
 
 
 def ranks_of(values: Sequence[object]) -> tuple[int, ...]:
