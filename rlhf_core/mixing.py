@@ -22,7 +22,7 @@ Record = TypeVar("Record", Ranking, Demonstration)
 def load_rankings(
     config: Reward, prepared: Path, splits: Sequence[str] = (*SPLITS, "gold", "test")
 ) -> dict[str, list[Ranking]]:
-    """The rankings of each split; those of train with judgements, and as often as config.weights says.
+    """The rankings of each split, judgements among them; those of train as often as config.weights says.
 
     Stage dpo learns from the same as stage reward: they are two ways to one end.
 
@@ -69,7 +69,7 @@ def load_feedback(folder: Path, prepared: Path) -> dict[str, list[Ranking]]:
 
 
 def load_demonstrations(config: SFT, prepared: Path) -> dict[str, list[Demonstration]]:
-    """The demonstrations of train and validation; those of train with revisions, and as often as config.weights says.
+    """The demonstrations of train and validation, revisions among them; those of train as often as config.weights says.
 
     Raises:
         ConfigError: a weight is of a category that no demonstration of train has, or the weights leave none.
