@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from benchmarks import flops
-from benchmarks.machine import bandwidth_gb_s, peak_gflops, products_seconds
+from benchmarks.machine import bandwidth_gb_s, product_gflops, products_seconds
 from rlhf_core.config import Params, ValueNetwork, load_params
 from rlhf_core.data import encode_prompt, load_prepared
 from rlhf_core.ensemble import load_ensemble
@@ -82,7 +82,7 @@ class Endless:
 
 def machine() -> dict[str, Any]:
     """The peaks that shares are told of."""
-    return {"peak_gflops": peak_gflops(), "bandwidth_gb_s": bandwidth_gb_s(), "threads": torch.get_num_threads()}
+    return {**product_gflops(), "bandwidth_gb_s": bandwidth_gb_s(), "threads": torch.get_num_threads()}
 
 
 def products(*, shapes: list[tuple[int, int]], rows: int) -> dict[str, Any]:

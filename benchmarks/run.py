@@ -291,7 +291,7 @@ def main() -> None:
     bench = Bench(options.model, options.rounds, options.quick)
     results = json.loads(options.results.read_text(encoding="utf-8")) if options.results.is_file() else {}
     machine = bench.child("machine")
-    peaks = {name: round(machine[name], 1) for name in ("peak_gflops", "bandwidth_gb_s", "threads")}
+    peaks = {name: round(machine[name], 1) for name in ("peak_gflops", "plain_gflops", "bandwidth_gb_s", "threads")}
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
     results |= peaks  # of the latest run; each part has its own
     for name in options.only:
