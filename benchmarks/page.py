@@ -64,8 +64,8 @@ def page(results: dict[str, Any]) -> str:
 def _machine(runs: dict[str, dict[str, Any]], together: bool) -> list[str]:
     lead = "Everything is in float32. Times are medians, with the fastest and the slowest sample in brackets."
     peaks = (
-        "GFLOP/s are of a 2048 × 2048 product in float32 that was laid out for it, or, if that is faster, by PyTorch's "
-        "own; GB/s of a\ncopy."
+        "GFLOP/s are of a 2048 × 2048 product in float32, PyTorch's own or by a matrix laid out beforehand, whichever "
+        "is faster;\nGB/s are of a copy."
     )
     if together:
         run = next(iter(runs.values()))
